@@ -1,0 +1,39 @@
+# Python >= 3.10 and make are all that a fresh machine needs.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help venv demo test test-all check clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+venv: $(BIN)/.installed ## create .venv and install fedct with what was tested
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: venv ## train on the embedded cohort in NVFlare's simulator (10 minutes on 2 cores)
+	@mkdir -p runs && touch runs/.demo-started
+	PATH="$(CURDIR)/$(BIN):$$PATH" nvflare simulator jobs/ct_ddpm
+	@$(BIN)/fedct receipt ct_ddpm --newer-than runs/.demo-started
+
+check: $(BIN)/.installed-test ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check ## lint, types and the tests (20 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: check ## the same with the tests that take minutes each
+	$(BIN)/python -m pytest
+
+clean: ## remove what can be made again; runs/ and sites/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

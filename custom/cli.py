@@ -1,0 +1,45 @@
+"""The ``fedct`` command: everything around a run. Running jobs is NVFlare's own command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import metadata
+
+from custom.commands import data, evaluate, receipt, sample
+from custom.config import ConfigError
+from custom.run_folder import RunFailed
+from medical_data.errors import MedicalDataError
+
+# What a user can mend: one line with the remedy, no traceback.
+EXPECTED = (ConfigError, RunFailed, MedicalDataError, ValueError, OSError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: as typed after ``fedct``; the process's own by default.
+
+    Returns:
+        0 if it did what was asked, 1 if the answer is no, 2 if it could not be done.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fedct",
+        description="CT diffusion models across hospitals. Jobs are run with nvflare, for example "
+        "`nvflare simulator jobs/ct_ddpm`; this command does what comes before and after.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedct {metadata.version('fedct')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (data, sample, evaluate, receipt):
+        command.register(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.func(options))
+    except EXPECTED as error:
+        print(f"fedct: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

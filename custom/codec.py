@@ -1,0 +1,101 @@
+"""What stands in NVFlare's messages, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from torch import Tensor
+
+from custom.config import EXPERIMENT_FILE, ExperimentConfig, build
+from custom.egress import METRICS, WEIGHT
+
+TASK_TRAIN = "train"
+TASK_EVALUATE = "evaluate"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskHeader:
+    """What every task says of itself.
+
+    Attributes:
+        run_id: names the run at the sites; a resumed run keeps it.
+        round_number: from 0; the evaluation after the last round bears the number of rounds.
+        config_sha256: of the server's experiment; a site with another one refuses.
+        schedule_sha256: of the server's noise schedule, likewise.
+    """
+
+    run_id: str
+    round_number: int
+    config_sha256: str
+    schedule_sha256: str
+
+
+def task_model(arrays: Arrays, header: TaskHeader) -> FLModel:
+    """A task from the server: named arrays and a header."""
+    return FLModel(
+        params=dict(arrays),
+        params_type=ParamsType.FULL,
+        current_round=header.round_number,
+        meta={"task": asdict(header)},
+    )
+
+
+def read_task(shareable: Shareable) -> tuple[Arrays, TaskHeader]:
+    """The task as a site sees it; raises ``ConfigError`` or ``ValueError`` if it is malformed."""
+    dxo = from_shareable(shareable)
+    if dxo.data_kind != DataKind.WEIGHTS:
+        raise ValueError(f"task data kind = {dxo.data_kind!r}: must be {DataKind.WEIGHTS}")
+    return dxo.data, build(TaskHeader, dxo.meta.get("task"), "task")
+
+
+def update_reply(difference: Mapping[str, Tensor], *, weight: float, metrics: Mapping[str, float]) -> Shareable:
+    """A site's answer to ``train``: float32 arrays, the aggregation weight and metrics."""
+    arrays = {name: tensor.numpy() for name, tensor in difference.items()}
+    reply: Shareable = DXO(
+        DataKind.WEIGHT_DIFF, data=arrays, meta={WEIGHT: weight, MetaKey.INITIAL_METRICS: dict(metrics)}
+    ).to_shareable()
+    return reply
+
+
+def metrics_reply(metrics: Mapping[str, float]) -> Shareable:
+    """A site's answer to ``evaluate``: metrics alone."""
+    reply: Shareable = DXO(DataKind.METRICS, data=dict(metrics)).to_shareable()
+    return reply
+
+
+def reply_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A reply's meta in the words of :mod:`custom.egress`."""
+    return {METRICS if key == MetaKey.INITIAL_METRICS else key: value for key, value in meta.items()}
+
+
+def to_numpy(weights: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Weights by name as float32 arrays that own their memory."""
+    return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in weights.items()}
+
+
+def to_torch(arrays: Arrays) -> dict[str, Tensor]:
+    """Arrays by name as tensors that own their memory."""
+    return {name: torch.tensor(array) for name, array in arrays.items()}
+
+
+def experiment_of(fl_ctx: FLContext) -> ExperimentConfig:
+    """The experiment of the running job, from the folder that NVFlare deployed."""
+    workspace = fl_ctx.get_engine().get_workspace()
+    return ExperimentConfig.load(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / EXPERIMENT_FILE)
+
+
+def workspace_root(fl_ctx: FLContext) -> Path:
+    """The NVFlare workspace of this server or site, which holds ``local/``."""
+    return Path(fl_ctx.get_engine().get_workspace().get_root_dir())

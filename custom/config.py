@@ -1,0 +1,432 @@
+"""The one configuration of an experiment: what all sites and the server must agree on.
+
+``experiment.json`` in a job's ``config`` folder is read into :class:`ExperimentConfig` by server and sites alike; its
+SHA-256 travels with every task, and a site with another one refuses to train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from medical_data.preprocess import PreprocessConfig
+
+EXPERIMENT_FILE = "experiment.json"
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be meant; the message names argument, value and remedy."""
+
+
+def require(condition: bool, *, argument: str, value: object, remedy: str) -> None:
+    """Raise :class:`ConfigError` naming argument, value and remedy unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{argument} = {value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """MONAI DiffusionModelUNet. One entry per resolution level in ``channels`` and ``attention``.
+
+    Attributes:
+        channels: feature channels of each level, each a multiple of ``norm_groups``.
+        attention: whether the level has self-attention.
+        res_blocks: residual blocks per level.
+        norm_groups: groups of every group normalisation.
+        head_channels: channels per attention head.
+    """
+
+    channels: tuple[int, ...]
+    attention: tuple[bool, ...]
+    res_blocks: int = 1
+    norm_groups: int = 8
+    head_channels: int = 32
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.channels) >= 2,
+            argument="network.channels",
+            value=self.channels,
+            remedy="give at least two levels",
+        )
+        require(
+            len(self.attention) == len(self.channels),
+            argument="network.attention",
+            value=self.attention,
+            remedy=f"give {len(self.channels)} booleans, one per level",
+        )
+        require(
+            self.res_blocks >= 1,
+            argument="network.res_blocks",
+            value=self.res_blocks,
+            remedy="give at least 1",
+        )
+        require(
+            self.norm_groups >= 1 and all(c > 0 and c % self.norm_groups == 0 for c in self.channels),
+            argument="network.channels",
+            value=self.channels,
+            remedy=f"give positive multiples of norm_groups = {self.norm_groups}",
+        )
+        require(
+            self.head_channels >= 1
+            and all(c % self.head_channels == 0 for c, a in zip(self.channels, self.attention, strict=True) if a),
+            argument="network.head_channels",
+            value=self.head_channels,
+            remedy="give a divisor of the channels of every level with attention",
+        )
+
+
+PRESETS: Mapping[str, NetworkConfig] = {
+    "tiny": NetworkConfig(channels=(16, 32, 64), attention=(False, False, True)),
+    "base": NetworkConfig(
+        channels=(64, 128, 256, 256),
+        attention=(False, False, True, True),
+        res_blocks=2,
+        norm_groups=32,
+        head_channels=64,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Forward process of Ho et al. 2020 (arXiv:2006.11239) and what the network predicts.
+
+    Attributes:
+        timesteps: number of diffusion steps T.
+        noise: MONAI's name of the β schedule; ``cosine`` is arXiv:2102.09672, eq. 17.
+        prediction: ``epsilon`` (arXiv:2006.11239, eq. 14) or ``v`` (arXiv:2202.00512, app. D).
+    """
+
+    timesteps: int = 1000
+    noise: Literal["linear_beta", "scaled_linear_beta", "cosine"] = "cosine"
+    prediction: Literal["epsilon", "v"] = "v"
+
+    def __post_init__(self) -> None:
+        require(
+            self.timesteps >= 10,
+            argument="schedule.timesteps",
+            value=self.timesteps,
+            remedy="give at least 10",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One site's work in one round.
+
+    Attributes:
+        steps_per_round: gradient steps a site makes in a round.
+        batch_size: images per step; patients are drawn uniformly, then one of the patient's images.
+        learning_rate: peak of the cosine schedule over the whole run (all rounds).
+        warmup_steps: steps of linear warm-up at the start of the run.
+        weight_decay: AdamW's.
+        gradient_clip: bound on the L2 norm of a step's gradient.
+    """
+
+    steps_per_round: int
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.steps_per_round >= 1,
+            argument="training.steps_per_round",
+            value=self.steps_per_round,
+            remedy="give at least 1",
+        )
+        require(
+            self.batch_size >= 1,
+            argument="training.batch_size",
+            value=self.batch_size,
+            remedy="give at least 1",
+        )
+        require(
+            0 < self.learning_rate < 1,
+            argument="training.learning_rate",
+            value=self.learning_rate,
+            remedy="give a value in (0, 1)",
+        )
+        require(
+            self.warmup_steps >= 0,
+            argument="training.warmup_steps",
+            value=self.warmup_steps,
+            remedy="give ≥ 0",
+        )
+        require(
+            self.weight_decay >= 0,
+            argument="training.weight_decay",
+            value=self.weight_decay,
+            remedy="give ≥ 0",
+        )
+        require(
+            self.gradient_clip > 0,
+            argument="training.gradient_clip",
+            value=self.gradient_clip,
+            remedy="give a positive norm",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Rounds, who takes part, and what the server accepts.
+
+    Attributes:
+        rounds: rounds in total.
+        clients_per_round: sites drawn (seeded) for each round; ``None`` draws all.
+        min_responses: accepted replies below which a round is void and the run fails.
+        round_timeout_s: seconds after which a round goes on without the sites that are silent.
+        max_update_norm: bound on the L2 norm of a site's weight difference; a longer one is refused.
+        weighting: ``patients`` weights a site by its training patients (the count leaves the site),
+            ``uniform`` gives every site the same weight (nothing leaves).
+        server_ema: decay per round of the server's exponential moving average of the global model.
+    """
+
+    rounds: int
+    clients_per_round: int | None = None
+    min_responses: int = 2
+    round_timeout_s: int = 3600
+    max_update_norm: float = 1000.0
+    weighting: Literal["patients", "uniform"] = "patients"
+    server_ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, argument="federation.rounds", value=self.rounds, remedy="give at least 1")
+        require(
+            self.min_responses >= 1,
+            argument="federation.min_responses",
+            value=self.min_responses,
+            remedy="give at least 1",
+        )
+        require(
+            self.clients_per_round is None or self.clients_per_round >= self.min_responses,
+            argument="federation.clients_per_round",
+            value=self.clients_per_round,
+            remedy=f"draw at least min_responses = {self.min_responses} sites, or null for all",
+        )
+        require(
+            self.round_timeout_s >= 1,
+            argument="federation.round_timeout_s",
+            value=self.round_timeout_s,
+            remedy="give at least 1 second",
+        )
+        require(
+            self.max_update_norm > 0,
+            argument="federation.max_update_norm",
+            value=self.max_update_norm,
+            remedy="give a positive norm",
+        )
+        require(
+            0 <= self.server_ema < 1,
+            argument="federation.server_ema",
+            value=self.server_ema,
+            remedy="give a decay in [0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Pictures and figures that the server makes from the global model.
+
+    Attributes:
+        sampler: ``ddpm`` (arXiv:2006.11239, alg. 2), ``ddim`` (arXiv:2010.02502, η = 0) or
+            ``dpm_solver`` (DPM-Solver++(2M), arXiv:2211.01095), which needs the fewest steps.
+        steps: network evaluations per sample.
+        grid_every: rounds between two sample grids; 0 makes only the last one.
+        grid_images: samples in a grid.
+        evaluation_images: samples that the sites compare with their held-out patients after the last round.
+    """
+
+    sampler: Literal["ddpm", "ddim", "dpm_solver"] = "dpm_solver"
+    steps: int = 20
+    grid_every: int = 1
+    grid_images: int = 16
+    evaluation_images: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 2, argument="sampling.steps", value=self.steps, remedy="give at least 2")
+        require(self.grid_every >= 0, argument="sampling.grid_every", value=self.grid_every, remedy="give ≥ 0")
+        require(
+            self.grid_images >= 1,
+            argument="sampling.grid_images",
+            value=self.grid_images,
+            remedy="give at least 1",
+        )
+        require(
+            self.evaluation_images >= self.grid_images,
+            argument="sampling.evaluation_images",
+            value=self.evaluation_images,
+            remedy=f"give at least grid_images = {self.grid_images}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that server and sites must agree on. Where a site's data lies is not part of it.
+
+    Attributes:
+        name: of the experiment; runs and site state lie under it.
+        seed: of initial weights, client sampling, every site's local rounds and the samples.
+    """
+
+    name: str
+    seed: int
+    preprocess: PreprocessConfig
+    network: NetworkConfig
+    training: TrainingConfig
+    federation: FederationConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}", self.name) is not None,
+            argument="name",
+            value=self.name,
+            remedy="give letters, digits, '_' and '-' only: folders are named after it",
+        )
+        require(0 <= self.seed < 2**32, argument="seed", value=self.seed, remedy="give 0 … 2³²-1")
+        shrink = 2 ** (len(self.network.channels) - 1)
+        require(
+            self.preprocess.size % shrink == 0,
+            argument="preprocess.size",
+            value=self.preprocess.size,
+            remedy=f"give a multiple of {shrink}: the network halves the image {len(self.network.channels) - 1}×",
+        )
+        require(
+            self.sampling.steps <= self.schedule.timesteps,
+            argument="sampling.steps",
+            value=self.sampling.steps,
+            remedy=f"give at most schedule.timesteps = {self.schedule.timesteps}",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Gradient steps that one site makes over all rounds."""
+        return self.federation.rounds * self.training.steps_per_round
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, [C, *spatial]."""
+        return (1, *(self.preprocess.size,) * self.preprocess.spatial_dims)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_json` gives an equal configuration back."""
+        return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON, by which server and sites know that they mean the same."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ExperimentConfig:
+        """Build from plain JSON types.
+
+        Raises:
+            ConfigError: an unknown, missing, mistyped or impossible value, by name.
+        """
+        return build(cls, values, "experiment")
+
+    @classmethod
+    def load(cls, file: Path) -> ExperimentConfig:
+        """Read ``experiment.json``.
+
+        Raises:
+            ConfigError: no file, no JSON, or a value that cannot be meant.
+        """
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file.name} = {type(error).__name__}: give the job a readable JSON file") from error
+        return cls.from_json(values)
+
+
+def build(cls: type[T], values: Any, name: str) -> T:
+    """Build a (nested) frozen dataclass from JSON values, refusing unknown keys and wrong types.
+
+    ``network`` may be the name of a preset.
+
+    Args:
+        cls: the dataclass.
+        values: mapping from field name to JSON value.
+        name: how the value is called in errors.
+
+    Raises:
+        ConfigError: an unknown, missing, mistyped or impossible value, by name.
+    """
+    if cls is NetworkConfig and isinstance(values, str):
+        require(
+            values in PRESETS,
+            argument=name,
+            value=values,
+            remedy=f"give one of {sorted(PRESETS)}, or the fields",
+        )
+        return typing.cast(T, PRESETS[values])
+    require(isinstance(values, Mapping), argument=name, value=values, remedy="give a JSON object")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    for key in values:
+        require(
+            key in fields,
+            argument=f"{name}.{key}",
+            value=values[key],
+            remedy=f"unknown; known are {sorted(fields)}",
+        )
+    for key, spec in fields.items():
+        optional = spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
+        require(optional or key in values, argument=f"{name}.{key}", value=None, remedy="missing; give it")
+    arguments = {key: _typed(hints[key], value, f"{name}.{key}") for key, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """Check one JSON value against a type hint, turning lists into tuples and objects into dataclasses."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type[Any], hint), value, name)
+    if origin is Literal:
+        require(value in options, argument=name, value=value, remedy=f"give one of {list(options)}")
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        (inner,) = (option for option in options if option is not type(None))
+        return _typed(inner, value, name)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), argument=name, value=value, remedy="give a JSON array")
+        kinds = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        require(len(kinds) == len(value), argument=name, value=value, remedy=f"give {len(kinds)} values")
+        return tuple(_typed(kind, item, name) for kind, item in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    require(right, argument=name, value=value, remedy=f"give a {hint.__name__}")
+    require(
+        not isinstance(value, float) or (value == value and abs(value) != float("inf")),
+        argument=name,
+        value=value,
+        remedy="give a finite number",
+    )
+    return value

@@ -1,0 +1,1 @@
+"""NVFlare controllers: what the server does in a run."""

@@ -1,0 +1,284 @@
+"""The server's side of a run: FedAvg over diffusion models, with a receipt at its end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import ReturnCode, Shareable
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.workflows.fedavg import FedAvg
+from torch import Tensor
+
+from custom.aggregators.in_time_average import InTimeAverage
+from custom.codec import (
+    TASK_EVALUATE,
+    TASK_TRAIN,
+    TaskHeader,
+    experiment_of,
+    reply_meta,
+    task_model,
+    to_numpy,
+    to_torch,
+    workspace_root,
+)
+from custom.config import ConfigError, ExperimentConfig
+from custom.device import use
+from custom.diffusion.ema import updated_ema
+from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.sampler import sample
+from custom.diffusion.schedule import build_schedule
+from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics
+from custom.executors.diffusion_trainer import SAMPLES, UNTRAINED_SAMPLES
+from custom.model_file import ModelFile, save_model
+from custom.pictures import grey_levels, sample_grid
+from custom.run_folder import RoundRecord, RunFolder
+from custom.site_file import server_config
+
+
+class RoundVoid(Exception):
+    """Fewer sites than ``federation.min_responses`` gave an acceptable update in time."""
+
+
+class DiffusionFedAvg(FedAvg):
+    """FedAvg (arXiv:1602.05629) that checks every reply, survives silent sites and leaves a receipt.
+
+    Args:
+        resume_from: folder of an earlier run of the same experiment; its newest checkpoint is carried on. Empty
+            starts afresh.
+    """
+
+    def __init__(self, resume_from: str = "") -> None:
+        # Rounds and sites come from experiment.json; an error reply of one site is no reason to panic.
+        super().__init__(persistor_id="", ignore_result_error=True)
+        self._resume_from = resume_from
+        self._error_codes: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Train, evaluate, and write what the run leaves."""
+        experiment = experiment_of(self.fl_ctx)
+        server = server_config(workspace_root=workspace_root(self.fl_ctx))
+        self._device = use(server.hardware)
+        folder = _resumed(Path(self._resume_from), experiment) if self._resume_from else None
+        folder = folder or RunFolder.create(server.runs, experiment)
+        self._say(f"run folder: {folder.path}")
+        try:
+            model = self._train(experiment, folder)
+            metrics = self._finish(experiment, folder, model)
+            if self.abort_signal.triggered:
+                raise RoundVoid("the job was aborted")
+            folder.complete(metrics)
+        except Exception as error:
+            folder.fail(f"{type(error).__name__}: {error}")
+            raise
+        self._say(f"completed: {folder.path / 'receipt.json'}")
+
+    def _train(self, experiment: ExperimentConfig, folder: RunFolder) -> ModelFile:
+        model = folder.last_round() or _initial_model(experiment)
+        for round_number in range(model.rounds_done, experiment.federation.rounds):
+            start = time.monotonic()
+            asked = self._draw_sites(experiment, round_number)
+            self._say(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
+            average = self._ask(experiment, folder, model, round_number, asked)
+            model = _next_model(model, average.mean())
+            folder.save_round(model)
+            record = RoundRecord(
+                round_number=round_number,
+                asked=asked,
+                accepted=average.accepted,
+                refused=average.refused,
+                silent=sorted(set(asked) - set(average.accepted) - set(average.refused)),
+                seconds=time.monotonic() - start,
+            )
+            folder.record(record)
+            self._say(_summary(record, experiment))
+            every = experiment.sampling.grid_every
+            if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:
+                images = self._sample(experiment, model, experiment.sampling.grid_images)
+                _grid(
+                    images, folder.path / "samples" / f"round_{round_number + 1:04d}.png", experiment, round_number + 1
+                )
+        return model
+
+    def _ask(
+        self, experiment: ExperimentConfig, folder: RunFolder, model: ModelFile, round_number: int, asked: list[str]
+    ) -> InTimeAverage:
+        """Send the global weights and average the replies as they come in.
+
+        Raises:
+            RoundVoid: too few acceptable ones until all have answered or the time is up.
+        """
+        shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
+        average = InTimeAverage(shapes, experiment)
+
+        def receive(reply: FLModel) -> bool:
+            site, meta = reply.meta["client_name"], _sent_meta(reply)
+            added = average.add(site, reply.params, meta)
+            if not added:
+                self._say(f"refused the reply of {site}: {average.refused[site]}")
+            return added
+
+        header = _header(experiment, folder, round_number)
+        self._send(TASK_TRAIN, task_model(to_numpy(model.weights), header), asked, experiment, receive)
+        for site, code in self._error_codes.items():
+            average.refused.setdefault(site, f"answered {code}")
+        if len(average.accepted) < experiment.federation.min_responses:
+            raise RoundVoid(
+                f"round {round_number + 1}: {len(average.accepted)} acceptable updates, federation.min_responses = "
+                f"{experiment.federation.min_responses}; refused: {average.refused or 'none'}; see those sites' logs"
+            )
+        return average
+
+    def _send(self, task: str, data: FLModel, targets: list[str], experiment: ExperimentConfig, receive: Any) -> None:
+        """Send a task and wait until all targets have answered or the round's time is up."""
+        self._error_codes = {}
+        self.send_model(
+            task_name=task,
+            data=data,
+            targets=targets,
+            timeout=experiment.federation.round_timeout_s,
+            callback=receive,
+        )
+        while self.get_num_standing_tasks():
+            if self.abort_signal.triggered:
+                raise RoundVoid("the job was aborted")
+            time.sleep(0.1)
+
+    def _accept_train_result(
+        self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
+    ) -> bool:
+        code = result.get_return_code()
+        if code != ReturnCode.OK and not is_unknown_task:
+            self._error_codes[client_name] = code
+        return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
+
+    def _draw_sites(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
+        """All sites, or a draw that (seed, round) determines."""
+        sites = sorted(client.name for client in self.engine.get_clients())
+        count = experiment.federation.clients_per_round
+        if count is None or count >= len(sites):
+            return sites
+        return sorted(random.Random(f"{experiment.seed} {round_number}").sample(sites, count))  # noqa: S311
+
+    def _finish(self, experiment: ExperimentConfig, folder: RunFolder, model: ModelFile) -> dict[str, Any]:
+        """Samples, the finished model, and the sites' figures about it."""
+        save_model(folder.path / "model.safetensors", model)
+        count = experiment.sampling.evaluation_images
+        self._say(f"drawing {count} samples from the model, and as many from the untrained network")
+        images = self._sample(experiment, model, count)
+        _grid(images[: experiment.sampling.grid_images], folder.path / "samples.png", experiment, model.rounds_done)
+        untrained = self._sample(experiment, _initial_model(experiment), count)
+        arrays = to_numpy(model.ema) | {SAMPLES: grey_levels(images), UNTRAINED_SAMPLES: grey_levels(untrained)}
+        figures: dict[str, dict[str, float]] = {}
+
+        def receive(reply: FLModel) -> bool:
+            site = reply.meta["client_name"]
+            try:
+                check_metrics(reply.metrics, allowed=EVALUATION_METRICS)
+            except EgressRefused as error:
+                self._say(f"refused the figures of {site}: {error}")
+                return False
+            figures[site] = {name: float(value) for name, value in reply.metrics.items()}
+            return True
+
+        header = _header(experiment, folder, experiment.federation.rounds)
+        sites = sorted(client.name for client in self.engine.get_clients())
+        self._say(f"evaluation: asking {', '.join(sites)}")
+        self._send(TASK_EVALUATE, task_model(arrays, header), sites, experiment, receive)
+        mean = {
+            name: float(np.mean([site[name] for site in figures.values() if name in site]))
+            for name in sorted(EVALUATION_METRICS - {"seconds"})
+            if any(name in site for site in figures.values())
+        }
+        self._say("mean over sites: " + ", ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+        return {"mean": mean, "sites": figures}
+
+    def _sample(self, experiment: ExperimentConfig, model: ModelFile, count: int) -> NDArray[np.float32]:
+        network, schedule = model.sampling_network()
+        images: NDArray[np.float32] = sample(
+            network.to(self._device),
+            schedule,
+            experiment.sampling,
+            count=count,
+            image_shape=experiment.image_shape,
+            seed=experiment.seed,
+            device=self._device,
+        ).numpy()
+        return images
+
+    def _say(self, text: str) -> None:
+        """A line on the server's console and in its log."""
+        self.info(text)
+        print(f"[server] {text}", flush=True)
+
+
+def _resumed(path: Path, experiment: ExperimentConfig) -> RunFolder:
+    if not path.is_absolute():
+        raise ConfigError(f"resume_from = {path}: give an absolute path: NVFlare starts its processes in other folders")
+    folder = RunFolder(path)
+    last = folder.last_round()
+    if last is None:
+        raise ConfigError(f"resume_from = {path}: no checkpoint there; start afresh")
+    if last.experiment != experiment:
+        raise ConfigError(f"resume_from = {path}: another experiment; resume with the job folder that began the run")
+    return folder
+
+
+def _initial_model(experiment: ExperimentConfig) -> ModelFile:
+    network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    return ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
+
+
+def _next_model(model: ModelFile, mean: dict[str, NDArray[np.float32]]) -> ModelFile:
+    differences = to_torch(mean)
+    weights: dict[str, Tensor] = {name: tensor + differences[name] for name, tensor in model.weights.items()}
+    # The average starts at the first trained model, not at noise.
+    decay = model.experiment.federation.server_ema if model.rounds_done else 0.0
+    return ModelFile(
+        experiment=model.experiment,
+        rounds_done=model.rounds_done + 1,
+        weights=weights,
+        ema=updated_ema(model.ema, weights, decay),
+    )
+
+
+def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) -> TaskHeader:
+    return TaskHeader(
+        run_id=folder.run_id,
+        round_number=round_number,
+        config_sha256=experiment.sha256,
+        schedule_sha256=build_schedule(experiment.schedule).sha256,
+    )
+
+
+def _sent_meta(reply: FLModel) -> dict[str, Any]:
+    """The meta that the site sent, without what NVFlare's controller adds on arrival."""
+    return reply_meta({key: value for key, value in reply.meta.items() if key not in ("client_name", "props")})
+
+
+def _grid(images: NDArray[np.float32], file: Path, experiment: ExperimentConfig, rounds: int) -> None:
+    if experiment.preprocess.spatial_dims == 2:
+        title = f"{experiment.name}: samples after {rounds} round{'s' if rounds > 1 else ''}"
+        sample_grid(images, file, title=title, window_hu=experiment.preprocess.window_hu)
+
+
+def _summary(record: RoundRecord, experiment: ExperimentConfig) -> str:
+    def mean(name: str) -> float:
+        return float(np.mean([metrics[name] for metrics in record.accepted.values()]))
+
+    parts: Iterable[str] = (
+        f"round {record.round_number + 1}/{experiment.federation.rounds} done in {record.seconds:.0f} s",
+        f"train loss {mean('train_loss'):.4f}",
+        f"held-out loss before it {mean('held_out_loss'):.4f}",
+        f"{len(record.accepted)} of {len(record.asked)} sites",
+        *([f"refused {', '.join(record.refused)}"] if record.refused else []),
+        *([f"silent {', '.join(record.silent)}"] if record.silent else []),
+    )
+    return ", ".join(parts)

@@ -1,0 +1,54 @@
+"""The denoising network: MONAI's DiffusionModelUNet in 2D and 3D from one configuration."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from custom.config import NetworkConfig
+from custom.diffusion.light_monai import light_monai
+
+with light_monai():
+    from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def build_network(config: NetworkConfig, *, spatial_dims: int, seed: int | None = None) -> nn.Module:
+    """Build the U-Net, called as ``network(x=[B, 1, *spatial], timesteps=[B])`` → [B, 1, *spatial].
+
+    Nothing in it mixes the images of a batch (group norm, no batch norm), so a loss per image is well defined.
+
+    Args:
+        config: channels, attention, …
+        spatial_dims: 2 or 3.
+        seed: initialises the weights reproducibly without touching the global generator's state.
+    """
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        network: nn.Module = DiffusionModelUNet(
+            spatial_dims=spatial_dims,
+            in_channels=1,
+            out_channels=1,
+            num_res_blocks=config.res_blocks,
+            channels=config.channels,
+            attention_levels=config.attention,
+            norm_num_groups=config.norm_groups,
+            num_head_channels=config.head_channels,
+            use_flash_attention=True,  # PyTorch's scaled_dot_product_attention; on the CPU too
+        )
+    return network
+
+
+@lru_cache(maxsize=8)
+def parameter_shapes(config: NetworkConfig, spatial_dims: int) -> Shapes:
+    """Name and shape of every tensor of the network's state, without allocating it.
+
+    All of them are float32 parameters: the network has no buffers (checked by a test).
+    """
+    with torch.device("meta"):
+        network = build_network(config, spatial_dims=spatial_dims)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -1,0 +1,95 @@
+"""The complete list of what may leave a site, and the refusal of everything else.
+
+Knows nothing of NVFlare: :class:`custom.filters.egress_gate.EgressGate` and the executor apply it to every reply.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import Shapes
+
+WEIGHT = "weight"
+METRICS = "metrics"
+
+UPDATE_METRICS = frozenset({"train_loss", "held_out_loss", "seconds"})
+EVALUATION_METRICS = frozenset(
+    {"held_out_loss", "effnet_kid", "effnet_kid_untrained", "effnet_kid_baseline", "seconds"}
+)
+
+
+class EgressRefused(Exception):
+    """Something that is not on the list was about to leave; names what and why, never a value from a patient."""
+
+
+def check_update(
+    arrays: Mapping[str, Any], meta: Mapping[str, Any], *, shapes: Shapes, config: ExperimentConfig
+) -> None:
+    """Let a weight difference pass, or raise.
+
+    Args:
+        arrays: what stands under the names of the model's tensors.
+        meta: what is said beside them: ``weight`` and ``metrics``, nothing else.
+        shapes: names and shapes of the model's tensors (:func:`custom.diffusion.networks.parameter_shapes`).
+        config: the experiment; its ``max_update_norm`` bounds the L2 norm.
+
+    Raises:
+        EgressRefused: a missing, extra, misshapen, non-float32 or non-finite array, too long a difference, an unknown
+            metric, a metric that is no finite number, or a weight outside what the experiment says.
+    """
+    check_arrays(arrays, shapes=shapes, max_norm=config.federation.max_update_norm)
+    _refuse_unknown(set(meta), {WEIGHT, METRICS}, "meta")
+    weight = meta.get(WEIGHT)
+    if config.federation.weighting == "uniform":
+        if weight != 1.0:
+            raise EgressRefused("weight: federation.weighting is uniform; only 1.0 may leave")
+    elif type(weight) is not float or not (weight >= 1 and weight.is_integer()):
+        raise EgressRefused("weight: must be a whole number of training patients, as a float")
+    check_metrics(meta.get(METRICS), allowed=UPDATE_METRICS)
+
+
+def check_arrays(arrays: Mapping[str, Any], *, shapes: Shapes, max_norm: float) -> None:
+    """Check names, types, shapes, finiteness and joint L2 norm; the server holds every reply against the same list.
+
+    Raises:
+        EgressRefused: as :func:`check_update`.
+    """
+    _refuse_unknown(set(arrays), set(shapes), "tensor")
+    missing = set(shapes) - set(arrays)
+    if missing:
+        raise EgressRefused(f"tensor {min(missing)!r} and {len(missing) - 1} more: missing")
+    square = 0.0
+    for name, shape in shapes.items():
+        array: NDArray[np.float32] = arrays[name]
+        if type(array) is not np.ndarray or array.dtype != np.float32:
+            raise EgressRefused(f"tensor {name!r}: must be a float32 array")
+        if array.shape != shape:
+            raise EgressRefused(f"tensor {name!r}: shape {array.shape}, must be {shape}")
+        if not np.isfinite(array).all():
+            raise EgressRefused(f"tensor {name!r}: holds NaN or infinity")
+        square += float(np.square(array, dtype=np.float64).sum())
+    if square > max_norm**2:
+        raise EgressRefused(f"update norm {math.sqrt(square):.6g}: over federation.max_update_norm = {max_norm:g}")
+
+
+def check_metrics(metrics: Any, *, allowed: frozenset[str]) -> None:
+    """Let a flat mapping of finite floats under known names pass, or raise :class:`EgressRefused`."""
+    if not isinstance(metrics, Mapping):
+        raise EgressRefused("metrics: must be a mapping from name to number")
+    _refuse_unknown(set(metrics), set(allowed), "metric")
+    for name, value in metrics.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise EgressRefused(f"metric {name!r}: must be a finite number")
+
+
+def _refuse_unknown(found: set[Any], known: set[str], what: str) -> None:
+    extra = found - known
+    if extra:
+        raise EgressRefused(f"{what}: {len(extra)} beyond the list of what may leave; remove what is not declared")

@@ -1,0 +1,1 @@
+"""NVFlare executors: what a site does when a task arrives."""

@@ -1,0 +1,186 @@
+"""The site's side of a run: train a round, compare samples with held-out patients."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+
+from custom.codec import (
+    TASK_EVALUATE,
+    TASK_TRAIN,
+    Arrays,
+    TaskHeader,
+    experiment_of,
+    metrics_reply,
+    read_task,
+    to_torch,
+    update_reply,
+    workspace_root,
+)
+from custom.config import ExperimentConfig, require
+from custom.device import use
+from custom.diffusion.networks import build_network
+from custom.diffusion.schedule import build_schedule
+from custom.evaluation import MIN_IMAGES, evaluate
+from custom.filters.egress_gate import passed
+from custom.pictures import real_and_generated
+from custom.site_file import SiteConfig, site_config
+from custom.site_state import SiteState
+from custom.training import held_out_loss, train_round
+from medical_data.cohort import Cohort, prepare_cohort
+
+# In an evaluation task: the model's tensors and, beside them, uint8 pictures [N, 1, *spatial] under these names.
+SAMPLES = "samples"
+UNTRAINED_SAMPLES = "untrained_samples"
+
+
+class Aborted(Exception):
+    """The server ended the job while this site was at work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Site:
+    name: str
+    config: SiteConfig
+    experiment: ExperimentConfig
+    device: torch.device
+    abort: Signal
+
+    def cohort(self) -> Cohort:
+        return prepare_cohort(
+            source=self.config.source,
+            preprocess=self.experiment.preprocess,
+            limits=self.config.limits,
+            home=self.config.home,
+        )
+
+    def say(self, text: str) -> None:
+        """A line on the site's own console."""
+        print(f"[{self.name}] {text}", flush=True)
+
+
+class DiffusionTrainer(Executor):
+    """Answers the tasks ``train`` and ``evaluate``; keeps nothing between them but what is on the site's disk."""
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Do one task. Whatever goes wrong stays in the site's own log; only a return code leaves."""
+        try:
+            experiment = experiment_of(fl_ctx)
+            config = site_config(fl_ctx.get_identity_name(), workspace_root=workspace_root(fl_ctx))
+            site = _Site(
+                name=fl_ctx.get_identity_name(),
+                config=config,
+                experiment=experiment,
+                device=use(config.hardware),
+                abort=abort_signal,
+            )
+            arrays, header = read_task(shareable)
+            _check_agreement(header, experiment)
+            if task_name == TASK_TRAIN:
+                reply = _train(site, arrays, header)
+            elif task_name == TASK_EVALUATE:
+                reply = _evaluate(site, arrays, header)
+            else:
+                return make_reply(ReturnCode.TASK_UNKNOWN)
+            return passed(reply, experiment)
+        except Aborted:
+            return make_reply(ReturnCode.TASK_ABORTED)
+        except Exception as error:
+            self.log_exception(fl_ctx, f"{task_name} failed; nothing of it leaves this site")
+            print(f"[{fl_ctx.get_identity_name()}] {task_name} failed: {type(error).__name__}: {error}", flush=True)
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+
+
+def _check_agreement(header: TaskHeader, experiment: ExperimentConfig) -> None:
+    schedule = build_schedule(experiment.schedule).sha256
+    for argument, theirs, ours in (
+        ("config_sha256", header.config_sha256, experiment.sha256),
+        ("schedule_sha256", header.schedule_sha256, schedule),
+    ):
+        remedy = f"this site has {ours[:12]}…; server and site must run the same job folder and fedct version"
+        require(theirs == ours, argument=argument, value=f"{theirs[:12]}…", remedy=remedy)
+
+
+def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
+    experiment, round_number = site.experiment, header.round_number
+    rounds, steps = experiment.federation.rounds, experiment.training.steps_per_round
+    label = f"round {round_number + 1}/{rounds}"
+    last_line = time.monotonic()
+
+    def progress(step: int, loss: float) -> None:
+        nonlocal last_line
+        if site.abort.triggered:
+            raise Aborted
+        if time.monotonic() - last_line > 10:
+            last_line = time.monotonic()
+            site.say(f"{label}: step {step}/{steps}, loss {loss:.4f}")
+
+    cohort = site.cohort()
+    state = SiteState.of_run(site.config.home, experiment.name, header.run_id)
+    update = train_round(
+        cohort=cohort,
+        weights=to_torch(arrays),
+        optimizer_state=state.before(round_number),
+        config=experiment,
+        site=site.name,
+        round_number=round_number,
+        device=site.device,
+        progress=progress,
+    )
+    state.save(round_number, update.optimizer)
+    patients = len(np.unique(cohort.patient[cohort.rows("train")]))
+    site.say(
+        f"{label}: done, loss {update.metrics['train_loss']:.4f}, held-out loss of the global model "
+        f"{update.metrics['held_out_loss']:.4f}, {update.metrics['seconds']:.0f} s"
+    )
+    weight = float(patients) if experiment.federation.weighting == "patients" else 1.0
+    return update_reply(update.difference, weight=weight, metrics=update.metrics)
+
+
+def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
+    start = time.monotonic()
+    experiment, cohort = site.experiment, site.cohort()
+    weights = {name: array for name, array in arrays.items() if name not in (SAMPLES, UNTRAINED_SAMPLES)}
+    network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims).to(site.device)
+    network.load_state_dict(to_torch(weights))
+    metrics = {"held_out_loss": held_out_loss(network, build_schedule(experiment.schedule), cohort, site.device)}
+    if experiment.preprocess.spatial_dims == 2:
+        metrics |= _compare(site, cohort, arrays, header)
+    site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return metrics_reply(metrics | {"seconds": time.monotonic() - start})
+
+
+def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) -> dict[str, float]:
+    """EffNet-KID of the samples against held-out patients, and a picture of both, which stays at the site."""
+    experiment = site.experiment
+    generated, untrained = (arrays[name].astype(np.float32) / 127.5 - 1 for name in (SAMPLES, UNTRAINED_SAMPLES))
+    rng = np.random.default_rng(experiment.seed)
+    held_out, train = (
+        cohort.images[np.sort(rng.permutation(rows)[: len(generated)])]
+        for rows in (cohort.rows("held_out"), cohort.rows("train"))
+    )
+    pictures = site.config.home / "pictures" / experiment.name / header.run_id
+    real_and_generated(
+        held_out[:16], generated[:16], pictures / "real_and_generated.png", window_hu=experiment.preprocess.window_hu
+    )
+    site.say(f"real beside generated, for this site's eyes only: {pictures / 'real_and_generated.png'}")
+    per_patient = int(np.bincount(cohort.patient).max())
+    if min(len(held_out), len(train), len(generated)) < max(MIN_IMAGES, per_patient + 3):
+        site.say("too few images for EffNet-KID: it is left out")
+        return {}
+    result = evaluate(
+        generated, held_out, train=train, untrained=untrained, images_per_patient=per_patient, seed=experiment.seed
+    )
+    (pictures / "evaluation.txt").write_text(result.table() + "\n", encoding="utf-8")
+    return {
+        "effnet_kid": result.generated.effnet.kid_mean,
+        "effnet_kid_baseline": result.baseline.effnet.kid_mean,
+    } | ({"effnet_kid_untrained": result.untrained.effnet.kid_mean} if result.untrained else {})

@@ -1,0 +1,1 @@
+"""NVFlare filters: what every reply passes before it leaves a site."""

@@ -1,0 +1,52 @@
+"""The gate at a site's boundary, as an NVFlare result filter."""
+
+from __future__ import annotations
+
+from nvflare.apis.dxo import DataKind, from_shareable
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import ReservedHeaderKey, ReturnCode, Shareable, make_reply
+
+from custom.codec import experiment_of, reply_meta
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import parameter_shapes
+from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics, check_update
+
+# Everything a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
+DXO_KEYS = frozenset({"DXO", ReservedHeaderKey.HEADERS})
+
+
+class EgressGate(Filter):
+    """Passes what :mod:`custom.egress` lists and raises on the rest, which makes NVFlare send an error instead."""
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Check one reply.
+
+        Raises:
+            EgressRefused: something in it is not on the list.
+        """
+        return passed(shareable, experiment_of(fl_ctx))
+
+
+def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
+    """The reply if all of it may leave; an error reply is reduced to its code.
+
+    Raises:
+        EgressRefused: something in it is not on the list.
+    """
+    code = reply.get_return_code()
+    if code != ReturnCode.OK:
+        return make_reply(code)
+    if set(reply) - DXO_KEYS:
+        raise EgressRefused(f"reply: {len(set(reply) - DXO_KEYS)} entries beside the data; remove them")
+    dxo = from_shareable(reply)
+    if dxo.data_kind == DataKind.WEIGHT_DIFF:
+        shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
+        check_update(dxo.data, reply_meta(dxo.meta), shapes=shapes, config=config)
+    elif dxo.data_kind == DataKind.METRICS:
+        if dxo.meta:
+            raise EgressRefused("meta: metrics leave without meta; remove it")
+        check_metrics(dxo.data, allowed=EVALUATION_METRICS)
+    else:
+        raise EgressRefused(f"data kind {dxo.data_kind!r}: only a weight difference or metrics may leave")
+    return reply

@@ -1,0 +1,90 @@
+"""A model on disk: weights and everything needed to use them, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from custom.atomic import write_atomically
+from custom.config import ConfigError, ExperimentConfig
+from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.schedule import Schedule, build_schedule
+
+EMA_PREFIX = "ema/"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelFile:
+    """What a model file holds.
+
+    Attributes:
+        experiment: how it was trained.
+        rounds_done: rounds that have gone into it.
+        weights: of the global model, float32, by name.
+        ema: their exponential moving average by name; what samples are drawn from. In a finished model the only
+            weights there are, so ``weights`` equals it.
+    """
+
+    experiment: ExperimentConfig
+    rounds_done: int
+    weights: dict[str, Tensor]
+    ema: dict[str, Tensor]
+
+    def sampling_network(self) -> tuple[nn.Module, Schedule]:
+        """The network with the averaged weights, and its schedule."""
+        network = build_network(self.experiment.network, spatial_dims=self.experiment.preprocess.spatial_dims)
+        network.load_state_dict(self.ema)
+        return network, build_schedule(self.experiment.schedule)
+
+
+def save_checkpoint(file: Path, model: ModelFile) -> None:
+    """Write weights and average, atomically."""
+    _save(file, model, {**model.weights, **{EMA_PREFIX + name: tensor for name, tensor in model.ema.items()}})
+
+
+def save_model(file: Path, model: ModelFile) -> None:
+    """Write the finished model: its averaged weights under the network's own names, atomically."""
+    _save(file, model, model.ema)
+
+
+def load_model(file: Path) -> ModelFile:
+    """Read a model or a checkpoint.
+
+    Raises:
+        ConfigError: no such file, not one of ours, or made with another schedule than this version computes.
+    """
+    try:
+        with safe_open(file, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model = {file}: {type(error).__name__}; give a model.safetensors of a run") from error
+    if "experiment" not in metadata:
+        raise ConfigError(f"model = {file}: no experiment in its metadata; give a model.safetensors of a run")
+    experiment = ExperimentConfig.from_json(json.loads(metadata["experiment"]))
+    schedule = build_schedule(experiment.schedule)
+    if metadata.get("schedule_sha256") != schedule.sha256:
+        raise ConfigError(f"model = {file}: its noise schedule differs from what this version of fedct computes")
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA_PREFIX)}
+    ema = {name.removeprefix(EMA_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(EMA_PREFIX)}
+    shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
+        raise ConfigError(f"model = {file}: its tensors are not those of its own experiment; fetch it again")
+    return ModelFile(
+        experiment=experiment, rounds_done=int(metadata["rounds_done"]), weights=weights, ema=ema or weights
+    )
+
+
+def _save(file: Path, model: ModelFile, tensors: Mapping[str, Tensor]) -> None:
+    metadata = {
+        "experiment": json.dumps(model.experiment.to_json(), sort_keys=True),
+        "rounds_done": str(model.rounds_done),
+        "schedule_sha256": build_schedule(model.experiment.schedule).sha256,
+    }
+    write_atomically(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))

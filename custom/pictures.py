@@ -1,0 +1,182 @@
+"""Pictures of CT slices that a person can judge: PNG grids in grey with the window written on them.
+
+Everything here works on images as the network sees them: float32 [N, 1, H, W] in [-1, 1], where -1 is the
+lower and 1 the upper end of the window in HU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Room for float32 rounding of a clamped sample; anything further out was never brought into the window.
+RANGE_TOLERANCE = 1e-5
+# Edge in pixels to which small slices are enlarged: whole factors, nearest neighbour, no invented detail.
+VISIBLE_EDGE = 128
+GAP = 2
+BACKGROUND = 32
+INK = 230
+FONT_SIZE = 16
+
+
+def check_images(images: NDArray[np.float32], *, name: str) -> None:
+    """Refuse what is not a non-empty set of windowed slices.
+
+    Args:
+        images: float32 [N, 1, H, W], finite, in [-1, 1].
+        name: the argument to name in the error.
+
+    Raises:
+        ValueError: dtype, shape, non-finite pixels or range; names argument, value and remedy.
+    """
+    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 1 or images.size == 0:
+        raise ValueError(f"{name} = {images.dtype} {images.shape}: give non-empty float32 [N, 1, H, W]")
+    low, high = float(images.min()), float(images.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{name} holds non-finite pixels: check the sampler before judging its images")
+    if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"{name} spans [{low:.4g}, {high:.4g}]: clip it to [-1, 1], the ends of the window")
+
+
+def check_window(window_hu: tuple[float, float]) -> None:
+    """Refuse a window that is not (low, high) within int16 HU.
+
+    Raises:
+        ValueError: names the window and the remedy.
+    """
+    low, high = window_hu
+    if not -32768 <= low < high <= 32767:
+        raise ValueError(f"window_hu = {window_hu}: give (low, high), -32768 <= low < high <= 32767 HU")
+
+
+def grey_levels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Images in [-1, 1] as grey levels 0..255, rounded to the nearest, same shape.
+
+    Raises:
+        ValueError: see :func:`check_images`.
+    """
+    check_images(images, name="images")
+    levels: NDArray[np.float32] = np.rint((np.clip(images, -1, 1) + 1) * np.float32(127.5))
+    return levels.astype(np.uint8)
+
+
+def sample_grid(
+    images: NDArray[np.float32],
+    file: Path,
+    *,
+    title: str,
+    window_hu: tuple[float, float],
+    columns: int = 8,
+) -> None:
+    """Write the images row by row as one PNG, under a title and above the window.
+
+    Args:
+        images: float32 [N, 1, H, W] in [-1, 1]; slices below 128 pixels are enlarged by a whole factor.
+        file: the PNG, written atomically; missing folders are made.
+        title: one line, latin-1.
+        window_hu: HU of black and of white.
+        columns: images in a row.
+
+    Raises:
+        ValueError: impossible images, window or number of columns.
+    """
+    _write([(title, images)], file, window_hu=window_hu, columns=columns)
+
+
+def real_and_generated(
+    real: NDArray[np.float32],
+    generated: NDArray[np.float32],
+    file: Path,
+    *,
+    window_hu: tuple[float, float],
+    columns: int = 4,
+) -> None:
+    """Write held-out slices and generated ones side by side as one PNG.
+
+    The left panel shows patients: such a picture is patient data and stays where the patients' scans may be.
+
+    Args:
+        real: float32 [N, 1, H, W] in [-1, 1], slices of held-out patients.
+        generated: float32 [M, 1, H, W] in [-1, 1], the same H and W.
+        file: the PNG, written atomically; missing folders are made.
+        window_hu: HU of black and of white.
+        columns: images in a row of each panel.
+
+    Raises:
+        ValueError: impossible images, window or number of columns, or slices of different sizes.
+    """
+    if real.shape[1:] != generated.shape[1:]:
+        sizes = f"real {real.shape[1:]}, generated {generated.shape[1:]}"
+        raise ValueError(f"{sizes}: give slices of one size")
+    panels = [("held-out patients (real)", real), ("generated", generated)]
+    _write(panels, file, window_hu=window_hu, columns=columns)
+
+
+def write_png(image: Image, file: Path, *, text: dict[str, str]) -> None:
+    """Write a picture as PNG with text chunks; the file is there as a whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_text(key, value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        image.save(part, format="PNG", pnginfo=chunks)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(
+    panels: list[tuple[str, NDArray[np.float32]]],
+    file: Path,
+    *,
+    window_hu: tuple[float, float],
+    columns: int,
+) -> None:
+    from PIL import Image, ImageDraw, ImageFont
+
+    check_window(window_hu)
+    if columns < 1:
+        raise ValueError(f"columns = {columns}: give at least 1")
+    window = f"window {window_hu[0]:g} to {window_hu[1]:g} HU"
+    font = ImageFont.load_default(size=FONT_SIZE)
+    montages = [_montage(grey_levels(images)[:, 0], columns=columns) for _, images in panels]
+    widths = [
+        max(montage.shape[1], round(font.getlength(title)))
+        for (title, _), montage in zip(panels, montages, strict=True)
+    ]
+    line = 2 * FONT_SIZE
+    width = max(sum(widths) + line * (len(panels) + 1), round(font.getlength(window)) + 2 * line)
+    height = max(montage.shape[0] for montage in montages)
+    canvas = Image.new("L", (width, height + 2 * line), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    left = line
+    for (title, _), montage, room in zip(panels, montages, widths, strict=True):
+        draw.text((left, line // 2), title, fill=INK, font=font, anchor="lm")
+        canvas.paste(Image.fromarray(montage), (left, line))
+        left += room + line
+    draw.text((line, height + line + line // 2), window, fill=INK, font=font, anchor="lm")
+    write_png(canvas, file, text={"Description": ", ".join(title for title, _ in panels) + f"; {window}"})
+
+
+def _montage(slices: NDArray[np.uint8], *, columns: int) -> NDArray[np.uint8]:
+    """Slices [N, H, W] in rows of `columns`, enlarged, with gaps between them."""
+    count, height, width = slices.shape
+    factor = max(1, VISIBLE_EDGE // max(height, width))
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    high, wide = height * factor + GAP, width * factor + GAP
+    montage = np.full((rows * high - GAP, columns * wide - GAP), BACKGROUND, np.uint8)
+    for index, one in enumerate(slices.repeat(factor, axis=1).repeat(factor, axis=2)):
+        top, left = index // columns * high, index % columns * wide
+        montage[top : top + high - GAP, left : left + wide - GAP] = one
+    return montage

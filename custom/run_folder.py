@@ -1,0 +1,189 @@
+"""What a run leaves on the server: ``runs/<experiment>/<run>/``, which no later run touches.
+
+    experiment.json     the configuration
+    rounds.jsonl        one line a round: who was asked, accepted, refused or silent, and the metrics
+    tensorboard/        the metrics again, for TensorBoard
+    checkpoints/        after each round, the newest three
+    samples/            a grid of samples every few rounds
+    model.safetensors   the finished model    \\
+    samples.png         its samples            | only if the run was completed
+    metrics.json        its figures            |
+    receipt.json        what happened         /  (or ``"status": "failed"`` and why)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from custom.atomic import write_atomically
+from custom.config import EXPERIMENT_FILE, ConfigError, ExperimentConfig
+from custom.model_file import ModelFile, load_model, save_checkpoint
+
+KEPT_CHECKPOINTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """One round as it was.
+
+    Attributes:
+        round_number: from 0.
+        asked: sites that got the task.
+        accepted: metrics of the sites whose update went into the model.
+        refused: reason by site: a reply that did not pass, or an error code.
+        silent: sites that gave no reply in time.
+        seconds: from sending the task to the new model.
+    """
+
+    round_number: int
+    asked: list[str]
+    accepted: dict[str, dict[str, float]]
+    refused: dict[str, str]
+    silent: list[str]
+    seconds: float
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: ``runs/<experiment>/<run id>``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, runs: Path, experiment: ExperimentConfig) -> RunFolder:
+        """A fresh folder named after the time, with the configuration in it."""
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+        folder = cls(runs / experiment.name / f"{stamp}-{secrets.token_hex(2)}")
+        folder.path.mkdir(parents=True)
+        folder._write_json(EXPERIMENT_FILE, experiment.to_json())
+        return folder
+
+    @property
+    def run_id(self) -> str:
+        """Names the run at the sites."""
+        return self.path.name
+
+    def save_round(self, model: ModelFile) -> None:
+        """Write the checkpoint after a round and drop those too old to resume from."""
+        save_checkpoint(self._checkpoint(model.rounds_done), model)
+        for old in sorted(self._checkpoints())[:-KEPT_CHECKPOINTS]:
+            self._checkpoint(old).unlink(missing_ok=True)
+
+    def last_round(self) -> ModelFile | None:
+        """The newest checkpoint, or None before the first round was done."""
+        done = self._checkpoints()
+        return load_model(self._checkpoint(max(done))) if done else None
+
+    def record(self, record: RoundRecord) -> None:
+        """Append a line to ``rounds.jsonl`` and the metrics to the TensorBoard files."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        with SummaryWriter(str(self.path / "tensorboard")) as writer:
+            for site, metrics in record.accepted.items():
+                for name, value in metrics.items():
+                    writer.add_scalar(f"{name}/{site}", value, record.round_number)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of ``rounds.jsonl``; of a round that was repeated after a resumption, the last one."""
+        file = self.path / "rounds.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        by_round = {record["round_number"]: record for record in map(json.loads, lines)}
+        return [by_round[number] for number in sorted(by_round)]
+
+    def complete(self, metrics: dict[str, Any]) -> None:
+        """Write ``metrics.json`` and then the receipt, which vouches for the model file by its hash."""
+        self._write_json("metrics.json", metrics)
+        self._receipt("completed", None)
+
+    def fail(self, reason: str) -> None:
+        """Write a receipt that says so."""
+        self._receipt("failed", reason)
+
+    def _receipt(self, status: str, reason: str | None) -> None:
+        experiment = ExperimentConfig.load(self.path / EXPERIMENT_FILE)
+        model = self.path / "model.safetensors"
+        records = self.records()
+        self._write_json(
+            "receipt.json",
+            {
+                "version": 1,
+                "status": status,
+                "reason": reason,
+                "run_id": self.run_id,
+                "experiment": experiment.name,
+                "config_sha256": experiment.sha256,
+                "model_sha256": file_sha256(model) if status == "completed" else None,
+                "rounds_asked": experiment.federation.rounds,
+                "rounds_done": len(records),
+                "participants": {str(record["round_number"]): sorted(record["accepted"]) for record in records},
+                "refused": {str(record["round_number"]): record["refused"] for record in records if record["refused"]},
+                "silent": {str(record["round_number"]): record["silent"] for record in records if record["silent"]},
+            },
+        )
+
+    def _checkpoint(self, rounds_done: int) -> Path:
+        return self.path / "checkpoints" / f"round_{rounds_done:04d}.safetensors"
+
+    def _checkpoints(self) -> list[int]:
+        return [int(file.stem.removeprefix("round_")) for file in self.path.glob("checkpoints/round_*.safetensors")]
+
+    def _write_json(self, name: str, values: Any) -> None:
+        text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+        write_atomically(self.path / name, (text + "\n").encode())
+
+
+class RunFailed(Exception):
+    """There is no receipt of a completed run, or what it vouches for is not there."""
+
+
+def check_receipt(path: Path) -> dict[str, Any]:
+    """The receipt of a completed run, held against the model that lies beside it.
+
+    Args:
+        path: a run's folder.
+
+    Raises:
+        RunFailed: no receipt (the run was killed), a failed run, or a model that is not the one of the receipt.
+    """
+    try:
+        receipt: dict[str, Any] = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFailed(f"{path}: no receipt: the run was stopped before its end; resume or repeat it") from None
+    except json.JSONDecodeError as error:
+        raise RunFailed(f"{path}: the receipt is no JSON; repeat the run") from error
+    if receipt.get("status") != "completed":
+        raise RunFailed(f"{path}: {receipt.get('status')}: {receipt.get('reason')}")
+    model = path / "model.safetensors"
+    if not model.is_file() or file_sha256(model) != receipt["model_sha256"]:
+        raise RunFailed(f"{path}: model.safetensors is not the one of the receipt; do not use it")
+    return receipt
+
+
+def newest_run(runs: Path, experiment: str) -> Path:
+    """The folder of the run that was started last; raises ``ConfigError`` if there is none."""
+    folders = [f for f in (runs / experiment).glob("*") if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", f.name)]
+    if not folders:
+        raise ConfigError(f"runs = {runs / experiment}: none there; start one: nvflare simulator jobs/{experiment}")
+    return max(folders, key=lambda folder: folder.name)
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""What a site, and only the site, decides: where its data lies, its limits, its hardware.
+
+A TOML file with a table per site (a provisioned site has just its own) and, for whoever runs the server, a ``server``
+table. A job can neither read nor change it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from custom.config import ConfigError, build, require
+from medical_data.cohort import DataLimits, EmbeddedSource, FolderSource
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SITE_FILE = "fedct.toml"
+SITE_FILE_VARIABLE = "FEDCT_SITE_FILE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What to compute on.
+
+    Attributes:
+        device: ``auto`` takes CUDA where there is one.
+        threads: CPU threads of PyTorch; 0 leaves the choice to PyTorch.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 0, argument="hardware.threads", value=self.threads, remedy="give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteConfig:
+    """One hospital's own settings.
+
+    Attributes:
+        home: the site's own folder: secret, caches, state, pictures. Never inside a folder that NVFlare wipes.
+        source: a folder of scans, or the embedded cohort.
+        limits: what the site demands of its cohort.
+        hardware: what it trains on.
+    """
+
+    home: Path
+    source: FolderSource | EmbeddedSource
+    limits: DataLimits = field(default_factory=DataLimits)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The server's own settings.
+
+    Attributes:
+        runs: folder in which every run leaves model, pictures, metrics and receipt.
+        hardware: what it draws samples on.
+    """
+
+    runs: Path
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+def site_config(name: str, *, workspace_root: Path) -> SiteConfig:
+    """The settings of one site.
+
+    Args:
+        name: NVFlare's name of the site.
+        workspace_root: the site's NVFlare workspace, which holds ``local/``.
+
+    Raises:
+        ConfigError: no site file, no table for this site, or an entry that cannot be meant.
+    """
+    tables, base = _read(workspace_root)
+    sites = tables.get("sites", {})
+    require(
+        name in sites,
+        argument="sites",
+        value=sorted(sites),
+        remedy=f"add a table [sites.{name}] to the site file",
+    )
+    return _site(sites[name], f"sites.{name}", base)
+
+
+def server_config(*, workspace_root: Path) -> ServerConfig:
+    """The server's settings; raises like :func:`site_config`."""
+    tables, base = _read(workspace_root)
+    require("server" in tables, argument="server", value=None, remedy="add a table [server] to the site file")
+    server = build(ServerConfig, tables["server"], "server")
+    return replace(server, runs=base / server.runs)
+
+
+def load_site(file: Path, name: str) -> SiteConfig:
+    """The settings of one site from a file named on the command line; raises like :func:`site_config`."""
+    sites = _parse(file).get("sites", {})
+    require(name in sites, argument="--site", value=name, remedy=f"give one of {sorted(sites)}")
+    return _site(sites[name], f"sites.{name}", file.resolve().parent)
+
+
+def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
+    known = {"home", "data", "limits", "hardware"}
+    require(
+        set(table) <= known,
+        argument=name,
+        value=sorted(set(table) - known),
+        remedy=f"known are {sorted(known)}",
+    )
+    for key in ("home", "data"):
+        require(key in table, argument=f"{name}.{key}", value=None, remedy="missing; give it")
+    data = table["data"]
+    source: FolderSource | EmbeddedSource
+    if "embedded" in data:
+        require(
+            set(data) == {"embedded"},
+            argument=f"{name}.data",
+            value=sorted(data),
+            remedy="give folder or embedded",
+        )
+        source = build(EmbeddedSource, data["embedded"], f"{name}.data.embedded")
+    else:
+        source = build(FolderSource, data, f"{name}.data")
+        source = replace(source, folder=base / source.folder)
+    return SiteConfig(
+        home=base / table["home"],
+        source=source,
+        limits=build(DataLimits, table.get("limits", {}), f"{name}.limits"),
+        hardware=build(HardwareConfig, table.get("hardware", {}), f"{name}.hardware"),
+    )
+
+
+def _read(workspace_root: Path) -> tuple[Mapping[str, Any], Path]:
+    """The parsed site file and the folder from which its relative paths are taken.
+
+    ``FEDCT_SITE_FILE`` names a file: its own folder. Else ``local/fedct.toml`` of the workspace: the folder that
+    holds the federation's workspace (for the simulator: where the command was typed).
+    """
+    named = os.environ.get(SITE_FILE_VARIABLE)
+    if named:
+        file = Path(named)
+        require(
+            file.is_absolute(),
+            argument=SITE_FILE_VARIABLE,
+            value=named,
+            remedy="give an absolute path: NVFlare starts its processes in other folders",
+        )
+        return _parse(file), file.parent
+    root = workspace_root.resolve()
+    return _parse(root / "local" / SITE_FILE), root.parent.parent
+
+
+def _parse(file: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"site file = {file.name}: {type(error).__name__}; write one (see README, 'Your own scans') "
+            f"to the workspace's local/{SITE_FILE} or name it in {SITE_FILE_VARIABLE}"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"site file = {file.name}: {error}; mend its TOML") from error

@@ -1,0 +1,1 @@
+"""A site's scans become de-identified, patient-indexed HU volumes and slices."""

@@ -1,0 +1,1 @@
+"""A provisioned federation on one machine or on many."""

@@ -1,0 +1,1 @@
+"""What may leave a site, and what it costs: differential privacy, secure aggregation, audit."""

@@ -1,0 +1,145 @@
+"""PNG grids show every pixel of every slice, state the window and are written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from custom.pictures import GAP, grey_levels, real_and_generated, sample_grid, write_png
+
+WINDOW = (-1000.0, 600.0)
+
+
+def ramps(count: int, size: int) -> NDArray[np.float32]:
+    """Slices that all differ in every pixel position."""
+    values = np.linspace(-1, 1, count * size * size, dtype=np.float32)
+    return values.reshape(count, 1, size, size)
+
+
+@given(st.integers(0, 255))
+def test_every_grey_level_survives(level: int) -> None:
+    image = np.full((1, 1, 3, 3), level / 127.5 - 1, np.float32)
+    assert (grey_levels(image) == level).all()
+
+
+def test_ends_of_the_window_are_black_and_white() -> None:
+    image = np.array([[[[-1.0, 0.0, 1.0]]]], np.float32)
+    assert grey_levels(image).ravel().tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.zeros((2, 1, 8, 8)), "float64"),
+        (np.zeros((2, 8, 8), np.float32), r"\(2, 8, 8\)"),
+        (np.zeros((2, 3, 8, 8), np.float32), r"\[N, 1, H, W\]"),
+        (np.zeros((0, 1, 8, 8), np.float32), "non-empty"),
+        (np.full((2, 1, 8, 8), np.nan, np.float32), "non-finite"),
+        (np.full((2, 1, 8, 8), 1.01, np.float32), "clip it"),
+    ],
+)
+def test_impossible_images_are_refused(images: NDArray[np.float32], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        grey_levels(images)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(16, 8), (32, 4), (48, 2), (64, 2), (128, 1), (160, 1)])
+def test_grid_holds_every_slice_enlarged_without_interpolation(tmp_path: Path, size: int, factor: int) -> None:
+    images = ramps(5, size)
+    file = tmp_path / "new" / "grid.png"
+    sample_grid(images, file, title="five", window_hu=WINDOW, columns=3)
+    picture = np.asarray(Image.open(file))
+    edge = size * factor + GAP
+    for index, slice_ in enumerate(grey_levels(images)[:, 0]):
+        top, left = 32 + index // 3 * edge, 32 + index % 3 * edge
+        shown = picture[top : top + size * factor, left : left + size * factor]
+        assert (shown[::factor, ::factor] == slice_).all()
+        assert (shown[factor - 1 :: factor, factor - 1 :: factor] == slice_).all()
+
+
+def test_the_window_is_stated_and_readable(tmp_path: Path) -> None:
+    images = -np.ones((1, 1, 16, 16), np.float32)
+    pictures = []
+    for window in (WINDOW, (-160.0, 240.0)):
+        file = tmp_path / f"{window[0]}.png"
+        sample_grid(images, file, title="t", window_hu=window)
+        with Image.open(file) as picture:
+            assert f"{window[0]:g} to {window[1]:g} HU" in picture.text["Description"]
+            pictures.append(np.asarray(picture))
+    below = pictures[0][-32:]  # the footer
+    assert below.max() > 200
+    assert pictures[0].shape != pictures[1].shape or (below != pictures[1][-32:]).any()
+
+
+def test_a_long_title_is_not_cut(tmp_path: Path) -> None:
+    short, long = tmp_path / "s.png", tmp_path / "l.png"
+    sample_grid(ramps(1, 16), short, title="t", window_hu=WINDOW)
+    sample_grid(ramps(1, 16), long, title="a title much wider than one slice of sixteen pixels", window_hu=WINDOW)
+    with Image.open(short) as one, Image.open(long) as other:
+        assert other.width > one.width
+        margin = np.asarray(other)[:32, -16:]
+    assert (margin == margin[0, 0]).all()
+
+
+def test_real_and_generated_stand_side_by_side(tmp_path: Path) -> None:
+    real, generated = np.full((4, 1, 64, 64), -0.5, np.float32), np.full((6, 1, 64, 64), 0.5, np.float32)
+    file = tmp_path / "pair.png"
+    real_and_generated(real, generated, file, window_hu=WINDOW, columns=2)
+    with Image.open(file) as picture:
+        shown = np.asarray(picture)
+        assert picture.text["Description"].startswith("held-out patients (real), generated")
+    columns_of = [
+        np.nonzero((shown == grey_levels(images)[0, 0, 0, 0]).sum(axis=0) > 100)[0] for images in (real, generated)
+    ]
+    assert columns_of[0].max() < columns_of[1].min()
+
+
+def test_slices_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one size"):
+        real_and_generated(ramps(2, 16), ramps(2, 32), tmp_path / "pair.png", window_hu=WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("window", "columns"), [((600.0, -1000.0), 8), ((-1e6, 600.0), 8), ((float("nan"), 0.0), 8), (WINDOW, 0)]
+)
+def test_impossible_layout_is_refused(tmp_path: Path, window: tuple[float, float], columns: int) -> None:
+    with pytest.raises(ValueError, match=r"window_hu|columns"):
+        sample_grid(ramps(2, 16), tmp_path / "grid.png", title="t", window_hu=window, columns=columns)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "grid.png"
+    sample_grid(ramps(2, 16), file, title="t", window_hu=WINDOW)
+    before = file.read_bytes()
+
+    def fails(self: Image.Image, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half a pict")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_png(Image.new("L", (4, 4)), file, text={})
+    assert file.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_picture_is_replaced_and_never_rewritten_in_place(tmp_path: Path) -> None:
+    file, reader = tmp_path / "grid.png", tmp_path / "reader"
+    sample_grid(ramps(2, 16), file, title="t", window_hu=WINDOW)
+    before = file.read_bytes()
+    reader.hardlink_to(file)  # what a program sees that opened the old picture
+    sample_grid(-ramps(2, 16), file, title="t", window_hu=WINDOW)
+    assert reader.read_bytes() == before != file.read_bytes()
+
+
+def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        sample_grid(ramps(3, 32), tmp_path / f"{name}.png", title="t", window_hu=WINDOW)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
