@@ -180,15 +180,11 @@ def prepare_cohort(
         CohortRefused: no such folder, or ``home`` inside it.
         CacheCorrupted: the cached files are not what was written.
     """
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     if isinstance(source, EmbeddedSource):
         source, secret = _embedded(source, home, progress)
     else:
+        _check_places(source.folder, home)
         secret = site_secret(home / "secret")
-    if not source.folder.is_dir():
-        raise CohortRefused(attribute="folder", value="not a folder", remedy="name an existing folder with scans")
-    if home.resolve().is_relative_to(source.folder.resolve()):
-        raise CohortRefused(attribute="home", value="inside the source folder", remedy="keep it beside the scans")
     identity = {
         "format": CACHE_FORMAT,
         "preprocess": asdict(preprocess),
@@ -227,6 +223,14 @@ def split_by_patient(pseudonyms: tuple[str, ...], limits: DataLimits) -> NDArray
     held_out = np.zeros(count, dtype=np.bool_)
     held_out[order[: min(max(round(limits.held_out_fraction * count), 1), count - 1)]] = True
     return held_out
+
+
+def _check_places(folder: Path, home: Path) -> None:
+    if not folder.is_dir():
+        raise CohortRefused(attribute="folder", value="not a folder", remedy="name an existing folder with scans")
+    if home.resolve().is_relative_to(folder.resolve()):
+        raise CohortRefused(attribute="home", value="inside the source folder", remedy="keep it beside the scans")
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def _embedded(source: EmbeddedSource, home: Path, progress: bool) -> tuple[FolderSource, bytes]:

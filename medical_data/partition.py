@@ -75,9 +75,7 @@ def dirichlet(labels: Sequence[Hashable], *, sites: int, alpha: float, seed: int
         for of_label in members:
             proportions = rng.dirichlet(np.full(sites, alpha))
             cuts = np.round(np.cumsum(proportions)[:-1] * of_label.size).astype(np.int64)
-            assignment[rng.permutation(of_label)] = np.searchsorted(
-                cuts, np.arange(of_label.size), side="right"
-            )
+            assignment[rng.permutation(of_label)] = np.searchsorted(cuts, np.arange(of_label.size), side="right")
         if np.unique(assignment).size == sites:
             return assignment
     raise PartitionRefused(
@@ -110,9 +108,7 @@ def by_quantity(patients: int, *, fractions: Sequence[float], seed: int) -> Assi
     counts = np.floor(quotas).astype(np.int64)
     by_remainder = np.argsort(counts - quotas, kind="stable")
     counts[by_remainder[: rest - counts.sum()]] += 1
-    return np.random.default_rng(seed).permutation(
-        np.repeat(np.arange(len(shares), dtype=np.int64), counts + 1)
-    )
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(shares), dtype=np.int64), counts + 1))
 
 
 def power_law(sites: int, *, exponent: float) -> NDArray[np.float64]:
@@ -132,6 +128,4 @@ def _check(*, patients: int, sites: int) -> None:
     if sites < 1:
         raise PartitionRefused(attribute="sites", value=sites, remedy="give one site at least")
     if patients < sites:
-        raise PartitionRefused(
-            attribute="patients", value=patients, remedy=f"{sites} sites need as many patients"
-        )
+        raise PartitionRefused(attribute="patients", value=patients, remedy=f"{sites} sites need as many patients")

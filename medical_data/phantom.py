@@ -22,6 +22,7 @@ from medical_data.volume import Volume
 
 # Every fifth patient has a second series: another kernel of the same study, as scanners reconstruct them.
 SECOND_SERIES_EVERY = 5
+LARGEST_SLICE_DISTANCE_MM = 20.0  # few slices lie around the middle of the lungs
 SHOULDER_MARGIN = 1.06  # the body is wider at the shoulders than at the heart
 OVERWEIGHT_BMI, OBESE_BMI = 25.0, 30.0  # WHO Technical Report Series 894 (2000)
 
@@ -33,12 +34,12 @@ class PhantomConfig:
     Attributes:
         hospital: 0, 1 and 2 have preset scanners, each further one its own.
         patients: how many.
-        slices: axial slices a series, apex to diaphragm.
+        slices: axial slices a series, at least 2, apex to diaphragm.
         matrix: pixels a side.
         seed: of everything.
 
     Raises:
-        ValueError: a count that is not positive, a matrix outside 32 to 512, a negative hospital or seed.
+        ValueError: not an integer, or one out of range (matrix: 32 to 512).
     """
 
     hospital: int
@@ -51,7 +52,7 @@ class PhantomConfig:
         for name, low, high in (
             ("hospital", 0, 10_000),
             ("patients", 1, 100_000),
-            ("slices", 1, 1024),
+            ("slices", 2, 1024),
             ("matrix", 32, 512),
             ("seed", 0, 2**63 - 1),
         ):
@@ -140,8 +141,8 @@ def _volumes(config: PhantomConfig, patient: int) -> list[tuple[Scanner, Volume]
     wide, front, back = who.body
     off_x, off_y = (float(v) for v in rng.normal(0, scanner.off_centre_mm, 2))
     pixel_mm = field_of_view_mm(scanner, 2 * (SHOULDER_MARGIN * wide + abs(off_x))) / config.matrix
-    slice_mm = scanner.coverage_mm / config.slices
-    first = 0.48 * who.lung_height - scanner.coverage_mm / 2 + rng.normal(0, 5)
+    slice_mm = min(scanner.coverage_mm / config.slices, LARGEST_SLICE_DISTANCE_MM)
+    first = 0.48 * who.lung_height - slice_mm * config.slices / 2 + rng.normal(0, 5)
     grid = Grid(
         z=(first + slice_mm * np.arange(config.slices)).astype(np.float32),
         shape=(config.matrix, config.matrix),

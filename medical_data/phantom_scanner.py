@@ -27,7 +27,7 @@ class Scanner:
         kernel: ConvolutionKernel (0018,1210).
         kvp: tube voltage in kV.
         fov_mm: smallest field of view; larger patients get a larger one, in steps of 10 mm.
-        coverage_mm: from the first to one past the last slice; the slice distance is this over their number.
+        coverage_mm: from the first to one past the last slice; divided by their number it is the slice distance.
         slice_thickness_mm: collimation, thinner than the slice distance (interspaced thin sections).
         cutoff: of the kernel, in units of the Nyquist frequency of the pixels.
         boost: edge enhancement of the kernel, 0 for none.

@@ -56,7 +56,7 @@ class InTimeAverage:
                 return False
             weight = float(meta[WEIGHT])
             for name, array in arrays.items():
-                self._sums[name] += weight * array
+                self._sums[name] += weight * array.astype(np.float64)
             self._total += weight
             self.accepted[site] = {name: float(value) for name, value in meta["metrics"].items()}
             return True

@@ -59,9 +59,7 @@ def run(options: argparse.Namespace) -> int:
     train = np.concatenate([cohort.images[cohort.rows("train")] for cohort in cohorts])
     device = use(HardwareConfig())
     network, schedule = model.sampling_network()
-    untrained = build_network(
-        experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed
-    )
+    untrained = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
     generated, noise = (
         sample(
             denoiser.to(device),
@@ -90,7 +88,5 @@ def run(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     if options.picture is not None:
         rows = np.linspace(0, len(held_out) - 1, 16).round().astype(int)
-        real_and_generated(
-            held_out[rows], generated[:16], options.picture, window_hu=experiment.preprocess.window_hu
-        )
+        real_and_generated(held_out[rows], generated[:16], options.picture, window_hu=experiment.preprocess.window_hu)
     return 0

@@ -13,12 +13,14 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "receipt",
         help="check a run's receipt and name its results",
-        description="Check that a run was completed and that its model is the one of its receipt, and name what it left. "
-        "NVFlare's own exit code does not tell: it is 0 even if a run died. Exit code 0: completed; 2: not.",
+        description="Check that a run was completed and that its model is the one of its receipt, and name what it "
+        "left. NVFlare's own exit code does not tell: it is 0 even if a run died. Exit code 0: completed; 2: not.",
     )
     parser.add_argument("experiment", help="name of the experiment, such as ct_ddpm, or a run's folder")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the server's runs folder (default: runs)")
-    parser.add_argument("--newer-than", type=Path, metavar="FILE", help="refuse a run that began before FILE was written")
+    parser.add_argument(
+        "--newer-than", type=Path, metavar="FILE", help="refuse a run that began before FILE was written"
+    )
     parser.set_defaults(func=run)
 
 

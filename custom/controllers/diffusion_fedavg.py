@@ -67,7 +67,7 @@ class DiffusionFedAvg(FedAvg):
         self._device = use(server.hardware)
         folder = _resumed(Path(self._resume_from), experiment) if self._resume_from else None
         folder = folder or RunFolder.create(server.runs, experiment)
-        self._say(f"run folder: {folder.path}")
+        self.info(f"run folder: {folder.path}")
         try:
             model = self._train(experiment, folder)
             metrics = self._finish(experiment, folder, model)
@@ -77,14 +77,14 @@ class DiffusionFedAvg(FedAvg):
         except Exception as error:
             folder.fail(f"{type(error).__name__}: {error}")
             raise
-        self._say(f"completed: {folder.path / 'receipt.json'}")
+        self.info(f"completed: {folder.path / 'receipt.json'}")
 
     def _train(self, experiment: ExperimentConfig, folder: RunFolder) -> ModelFile:
         model = folder.last_round() or _initial_model(experiment)
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
             asked = self._draw_sites(experiment, round_number)
-            self._say(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
+            self.info(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
             average = self._ask(experiment, folder, model, round_number, asked)
             model = _next_model(model, average.mean())
             folder.save_round(model)
@@ -97,7 +97,7 @@ class DiffusionFedAvg(FedAvg):
                 seconds=time.monotonic() - start,
             )
             folder.record(record)
-            self._say(_summary(record, experiment))
+            self.info(_summary(record, experiment))
             every = experiment.sampling.grid_every
             if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:
                 images = self._sample(experiment, model, experiment.sampling.grid_images)
@@ -121,7 +121,7 @@ class DiffusionFedAvg(FedAvg):
             site, meta = reply.meta["client_name"], _sent_meta(reply)
             added = average.add(site, reply.params, meta)
             if not added:
-                self._say(f"refused the reply of {site}: {average.refused[site]}")
+                self.info(f"refused the reply of {site}: {average.refused[site]}")
             return added
 
         header = _header(experiment, folder, round_number)
@@ -170,7 +170,7 @@ class DiffusionFedAvg(FedAvg):
         """Samples, the finished model, and the sites' figures about it."""
         save_model(folder.path / "model.safetensors", model)
         count = experiment.sampling.evaluation_images
-        self._say(f"drawing {count} samples from the model, and as many from the untrained network")
+        self.info(f"drawing {count} samples from the model, and as many from the untrained network")
         images = self._sample(experiment, model, count)
         _grid(images[: experiment.sampling.grid_images], folder.path / "samples.png", experiment, model.rounds_done)
         untrained = self._sample(experiment, _initial_model(experiment), count)
@@ -182,21 +182,21 @@ class DiffusionFedAvg(FedAvg):
             try:
                 check_metrics(reply.metrics, allowed=EVALUATION_METRICS)
             except EgressRefused as error:
-                self._say(f"refused the figures of {site}: {error}")
+                self.info(f"refused the figures of {site}: {error}")
                 return False
             figures[site] = {name: float(value) for name, value in reply.metrics.items()}
             return True
 
         header = _header(experiment, folder, experiment.federation.rounds)
         sites = sorted(client.name for client in self.engine.get_clients())
-        self._say(f"evaluation: asking {', '.join(sites)}")
+        self.info(f"evaluation: asking {', '.join(sites)}")
         self._send(TASK_EVALUATE, task_model(arrays, header), sites, experiment, receive)
         mean = {
             name: float(np.mean([site[name] for site in figures.values() if name in site]))
             for name in sorted(EVALUATION_METRICS - {"seconds"})
             if any(name in site for site in figures.values())
         }
-        self._say("mean over sites: " + ", ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+        self.info("mean over sites: " + ", ".join(f"{name} {value:.4f}" for name, value in mean.items()))
         return {"mean": mean, "sites": figures}
 
     def _sample(self, experiment: ExperimentConfig, model: ModelFile, count: int) -> NDArray[np.float32]:
@@ -211,11 +211,6 @@ class DiffusionFedAvg(FedAvg):
             device=self._device,
         ).numpy()
         return images
-
-    def _say(self, text: str) -> None:
-        """A line on the server's console and in its log."""
-        self.info(text)
-        print(f"[server] {text}", flush=True)
 
 
 def _resumed(path: Path, experiment: ExperimentConfig) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ from custom.site_state import SiteState
 from custom.training import held_out_loss, train_round
 from medical_data.cohort import Cohort, prepare_cohort
 
+logger = logging.getLogger(__name__)
+
 # In an evaluation task: the model's tensors and, beside them, uint8 pictures [N, 1, *spatial] under these names.
 SAMPLES = "samples"
 UNTRAINED_SAMPLES = "untrained_samples"
@@ -63,8 +66,8 @@ class _Site:
         )
 
     def say(self, text: str) -> None:
-        """A line on the site's own console."""
-        print(f"[{self.name}] {text}", flush=True)
+        """A line on the site's own console and in its log."""
+        logger.info(f"[{self.name}] {text}")
 
 
 class DiffusionTrainer(Executor):
@@ -93,9 +96,8 @@ class DiffusionTrainer(Executor):
             return passed(reply, experiment)
         except Aborted:
             return make_reply(ReturnCode.TASK_ABORTED)
-        except Exception as error:
+        except Exception:
             self.log_exception(fl_ctx, f"{task_name} failed; nothing of it leaves this site")
-            print(f"[{fl_ctx.get_identity_name()}] {task_name} failed: {type(error).__name__}: {error}", flush=True)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
 
 

@@ -12,8 +12,9 @@ from custom.config import ExperimentConfig
 from custom.diffusion.networks import parameter_shapes
 from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics, check_update
 
-# Everything a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
-DXO_KEYS = frozenset({"DXO", ReservedHeaderKey.HEADERS})
+# All that a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
+ENTRIES = frozenset({"DXO", ReservedHeaderKey.HEADERS})
+HEADERS = frozenset({ReservedHeaderKey.CONTENT_TYPE})
 
 
 class EgressGate(Filter):
@@ -37,8 +38,12 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     code = reply.get_return_code()
     if code != ReturnCode.OK:
         return make_reply(code)
-    if set(reply) - DXO_KEYS:
-        raise EgressRefused(f"reply: {len(set(reply) - DXO_KEYS)} entries beside the data; remove them")
+    beside = set(reply) - ENTRIES
+    headers = set(reply.get(ReservedHeaderKey.HEADERS, {})) - HEADERS
+    if beside or headers:
+        raise EgressRefused(f"reply: {len(beside)} entries and {len(headers)} headers beside the data; remove them")
+    if reply.get_header(ReservedHeaderKey.CONTENT_TYPE) != "DXO":
+        raise EgressRefused("reply: no data in it; answer with a DXO or with an error code")
     dxo = from_shareable(reply)
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
         shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)

@@ -114,9 +114,7 @@ def test_any_changed_byte_is_noticed(position: int, difference: int) -> None:
         stream.seek(position)
         stream.write(bytes([byte ^ difference]))
     try:
-        with pytest.raises(
-            CacheCorrupted, match=r"^checksum of data\.bin = .*: .*remove cache folder sealed"
-        ):
+        with pytest.raises(CacheCorrupted, match=r"^checksum of data\.bin = .*: .*remove cache folder sealed"):
             verify(folder)
     finally:
         with file.open("r+b") as stream:

@@ -288,6 +288,8 @@ def test_places_that_cannot_be(scans: Path) -> None:
         prepare_cohort(
             source=FolderSource(folder=scans), preprocess=SMALL, limits=LIMITS, home=scans / NAMES[0] / "home"
         )
+    assert not (scans / NAMES[0] / "home").exists()
+    assert not (scans.parent / "home").exists()
 
 
 @given(st.sets(st.text("abc", min_size=1, max_size=4), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers())

@@ -39,16 +39,19 @@ SCAN = Scan(
 GENERATED = Generated(sample="0007", derivation="diffusion model, 50 steps, seed 1")
 
 # PS3.3 A.3: attributes that must have a value (Type 1) and that must be present (Type 2) in the CT Image IOD.
-TYPE_1 = (
-    "StudyInstanceUID SeriesInstanceUID Modality FrameOfReferenceUID PixelSpacing ImageOrientationPatient "
-    "ImagePositionPatient ImageType SamplesPerPixel PhotometricInterpretation Rows Columns BitsAllocated BitsStored "
-    "HighBit PixelRepresentation PixelData RescaleIntercept RescaleSlope SOPClassUID SOPInstanceUID PatientPosition"
-).split()
-TYPE_2 = (
-    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID "
-    "AccessionNumber SeriesNumber PositionReferenceIndicator Manufacturer InstanceNumber SliceThickness KVP "
-    "AcquisitionNumber"
-).split()
+TYPE_1 = [
+    "StudyInstanceUID", "SeriesInstanceUID", "Modality", "FrameOfReferenceUID", "PixelSpacing",
+    "ImageOrientationPatient", "ImagePositionPatient", "ImageType", "SamplesPerPixel",
+    "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "PixelData", "RescaleIntercept", "RescaleSlope", "SOPClassUID",
+    "SOPInstanceUID", "PatientPosition",
+]  # fmt: skip
+TYPE_2 = [
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
+    "ReferringPhysicianName", "StudyID", "AccessionNumber", "SeriesNumber",
+    "PositionReferenceIndicator", "Manufacturer", "InstanceNumber", "SliceThickness", "KVP",
+    "AcquisitionNumber",
+]  # fmt: skip
 
 
 def some_volume(depth: int = 5, **geometry: object) -> Volume:

@@ -51,14 +51,11 @@ def test_iid_depends_on_the_seed_and_not_on_the_order() -> None:
 
 
 @given(st.integers(1, 5), st.lists(st.integers(0, 3), min_size=5, max_size=80), st.floats(0.05, 100), seeds)
-def test_dirichlet_assigns_every_patient_or_refuses(
-    sites: int, labels: list[int], alpha: float, seed: int
-) -> None:
+def test_dirichlet_assigns_every_patient_or_refuses(sites: int, labels: list[int], alpha: float, seed: int) -> None:
     try:
         assignment = dirichlet(labels, sites=sites, alpha=alpha, seed=seed)
-    except PartitionRefused as refusal:
-        assert refusal.attribute == "alpha"
-        assume(False)
+    except PartitionRefused:
+        assume(False)  # a small alpha and few patients; what it says is checked below
     sizes(assignment, len(labels), sites)
     assert np.array_equal(assignment, dirichlet(labels, sites=sites, alpha=alpha, seed=seed))
 

@@ -62,7 +62,7 @@ def test_the_body_is_in_proportion(number: int) -> None:
     lung = lung_mask(patient, grid, hu)
     litres = lung.sum() * PIXEL_MM**2 * SLICE_MM / 1e6
     assert 2.0 < litres < 8.0
-    # Between breasts and shoulders (t = 0.66), where the table below counts nothing else.
+    # Above the breasts and below the shoulders.
     middle = hu[int(np.argmin(np.abs(grid.z - 0.66 * patient.lung_height)))] > -500
     width, depth = (np.ptp(np.flatnonzero(middle.any(axis=axis))) * PIXEL_MM for axis in (0, 1))
     assert 250 < width < 480
@@ -70,9 +70,17 @@ def test_the_body_is_in_proportion(number: int) -> None:
     assert -900 < np.median(hu[lung]) < -760
     assert hu.min() == -1000
     assert 400 < hu.max() <= 1200
-    # The right lung is the larger one: the heart lies on the left.
-    x = np.broadcast_to(grid.xyz[0], hu.shape)
-    assert 1.0 < lung[x < 0].sum() / lung[x > 0].sum() < 1.5
+
+
+def test_the_right_lung_is_the_larger_one() -> None:
+    ratios = []
+    for number in range(8):
+        patient, grid, hu = whole_chest(number)
+        lung = lung_mask(patient, grid, hu)
+        x = np.broadcast_to(grid.xyz[0], hu.shape)
+        ratios.append(lung[x < 0].sum() / lung[x > 0].sum())
+    assert min(ratios) > 0.9
+    assert 1.03 < np.mean(ratios) < 1.3
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -94,11 +102,13 @@ def test_tissues_lie_where_they_belong(number: int) -> None:
         assert at(x, y + 23, level) < 60  # the canal behind it
     assert np.median(vertebral_body) == pytest.approx(patient.trabecular_hu, abs=30)
     assert at(22, -0.27 * patient.cavity[1], 0.14 * height) > 20  # heart
-    assert at(-0.55 * patient.cavity[0], 0, 0.4 * height) < -600 or patient.nodules  # right lung
+    right_lung = [at(-0.6 * patient.cavity[0], y, t * height) for y in range(-30, 31, 6) for t in (0.2, 0.4, 0.6)]
+    assert np.median(right_lung) == pytest.approx(patient.lung_hu, abs=60)
     assert 40 < at(-0.5 * patient.cavity[0], 0, -40) < 160  # liver under the right dome
-    wide, _, _ = patient.body
-    if patient.fat > 8:
-        assert -130 < at(wide - 0.5 * patient.fat - 1, 10, 0.3 * height) < -60  # subcutaneous fat
+    row, level = grid.shape[0] // 2, int(np.argmin(np.abs(grid.z - 0.45 * height)))
+    flank = hu[level, row, : int(np.flatnonzero(hu[level, row] > -500).min() + patient.fat // PIXEL_MM)]
+    if patient.fat > 4 * PIXEL_MM:
+        assert -130 < np.median(flank[flank > -500]) < -60  # subcutaneous fat
     # Ribs surround the lungs in every slice of the thorax.
     x, y, z = grid.xyz
     outside = np.hypot(x / patient.cavity[0], y / patient.cavity[1]) > 0.9
@@ -118,6 +128,7 @@ def test_the_same_place_is_the_same_tissue_on_another_grid() -> None:
 def test_slices_continue_through_the_volume() -> None:
     volume = phantom_volume(replace(SMALL, slices=48), 0)
     assert volume.spacing_mm[0] == pytest.approx(PRESETS[0].coverage_mm / 48)
+    assert phantom_volume(replace(SMALL, slices=4), 0).spacing_mm[0] == 20
     next_to, far = (np.abs(volume.hu[step:] - volume.hu[:-step]).mean() for step in (1, 16))
     assert 1.5 * next_to < far
 
@@ -169,17 +180,22 @@ def test_noise_is_what_the_scanner_states(hospital: int) -> None:
     seen = acquire(water, grid, scanner, back_mm=0.0, diameter_mm=300.0, rng=rng)
     assert seen.std() == pytest.approx(scanner.noise_hu, rel=0.05)
     assert abs(seen.mean()) < 0.5
-    # Its power rises from zero frequency like f MTF², so that large regions average out faster than white noise.
-    blocks = seen.reshape(8, 12, 8, 12, 8).mean(axis=(2, 4))
-    assert blocks.std() < 0.75 * scanner.noise_hu / 8
+    # Its power spectrum is f MTF².
+    f = 2 * np.hypot(np.fft.fftfreq(96)[:, None], np.fft.fftfreq(96)[None])
+    mtf = (1 + 2.2 * scanner.boost * f**2) * np.exp(-((f / scanner.cutoff) ** 2))
+    measured, expected = (np.abs(np.fft.fft2(seen)) ** 2).mean(axis=0), f * mtf**2
+    ring = (f / 0.1).astype(int)
+    for k in range(8):
+        share = [power[ring == k].sum() / power.sum() for power in (measured, expected)]
+        assert share[0] == pytest.approx(share[1], rel=0.2, abs=0.002)
     larger = acquire(water, grid, scanner, back_mm=0.0, diameter_mm=400.0, rng=rng)
     assert larger.std() > 1.3 * seen.std()
 
 
 def test_hospitals_differ_as_scanners_do() -> None:
     volumes = [phantom_volume(PhantomConfig(hospital=h, patients=12, seed=0), 0) for h in range(4)]
-    assert len({v.spacing_mm[0] for v in volumes}) == 4
-    assert len({v.spacing_mm[1] for v in volumes}) >= 3
+    assert len({v.spacing_mm[0] for v in volumes[:3]}) == 3
+    assert len({v.spacing_mm[1] for v in volumes[:3]}) == 3
     # Noise in the air in front of the patient, sharpness as the steepest edges.
     noise = [v.hu[:, :8].std() for v in volumes]
     assert noise[0] < 0.8 * noise[1] < noise[2]
@@ -296,7 +312,7 @@ def test_a_folder_is_never_written_over(tmp_path: Path) -> None:
     [
         {"hospital": -1},
         {"patients": 0},
-        {"slices": 0},
+        {"slices": 1},
         {"matrix": 31},
         {"matrix": 1024},
         {"seed": -1},

@@ -106,8 +106,7 @@ def test_aspect_ratio_is_kept_and_the_body_fills_the_frame(spacing: tuple[float,
 
 def test_pixel_size_of_the_scanner_does_not_matter() -> None:
     coarse, fine = (
-        images_from_volume(chest((5.0, s, s)), PreprocessConfig(size=32, images_per_patient=1))
-        for s in (2.0, 0.8)
+        images_from_volume(chest((5.0, s, s)), PreprocessConfig(size=32, images_per_patient=1)) for s in (2.0, 0.8)
     )
     assert np.abs(coarse - fine).mean() < 0.03
     assert np.corrcoef(coarse.ravel(), fine.ravel())[0, 1] > 0.99
@@ -118,9 +117,9 @@ def test_resampling_equals_the_slow_reference() -> None:
 
     rng = np.random.default_rng(3)
     hu = rng.uniform(-400, 400, (1, 130, 130)).astype(np.float32)  # all body: the box is the whole slice
-    image = images_from_volume(
-        Volume(hu=hu, spacing_mm=(3, 2, 2)), PreprocessConfig(size=50, window_hu=(-1000, 1000))
-    )[0, 0]
+    image = images_from_volume(Volume(hu=hu, spacing_mm=(3, 2, 2)), PreprocessConfig(size=50, window_hu=(-1000, 1000)))[
+        0, 0
+    ]
     reference = resize(hu[0], (50, 50), order=1, mode="edge", anti_aliasing=True) / 1000
     assert np.abs(image - reference)[1:-1, 1:-1].max() < 1e-4
 
@@ -166,9 +165,7 @@ def test_slices_without_body_are_dropped() -> None:
     hu[:6] = -1000.0
     hu[15:] = -1000.0
     hu[15:, 90:110, 90:110] = TISSUE_HU  # 40 x 40 mm of a frame of about 300 x 300 mm
-    images = images_from_volume(
-        Volume(hu=hu, spacing_mm=volume.spacing_mm), PreprocessConfig(images_per_patient=50)
-    )
+    images = images_from_volume(Volume(hu=hu, spacing_mm=volume.spacing_mm), PreprocessConfig(images_per_patient=50))
     assert len(images) == 9
     assert all(image.mean() > -0.9 for image in images)
 

@@ -1,0 +1,1 @@
+"""What ``fedct`` can do beside running jobs; each module registers its own subcommands."""

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from nvflare.apis.dxo import DXO, DataKind, MetaKey
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.shareable import Shareable, make_reply
+
+from custom.codec import metrics_reply, to_torch, update_reply
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics, check_update
+from custom.filters.egress_gate import passed
+
+Arrays = dict[str, Any]
+
+
+@pytest.fixture
+def shapes(experiment: ExperimentConfig) -> Shapes:
+    return parameter_shapes(experiment.network, 2)
+
+
+@pytest.fixture
+def arrays(shapes: Shapes) -> Arrays:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.01, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def meta() -> dict[str, Any]:
+    return {"weight": 4.0, "metrics": {"train_loss": 0.5, "held_out_loss": 0.4, "seconds": 1.0}}
+
+
+def first(arrays: Arrays) -> str:
+    return next(iter(arrays))
+
+
+def with_nan(arrays: Arrays) -> None:
+    arrays[first(arrays)].flat[0] = np.nan
+
+
+def with_infinity(arrays: Arrays) -> None:
+    arrays[first(arrays)].flat[-1] = np.inf
+
+
+def with_extra(arrays: Arrays) -> None:
+    arrays["patient"] = np.zeros(3, np.float32)
+
+
+def without_one(arrays: Arrays) -> None:
+    del arrays[first(arrays)]
+
+
+def misshapen(arrays: Arrays) -> None:
+    arrays[first(arrays)] = arrays[first(arrays)][:-1]
+
+
+def in_double(arrays: Arrays) -> None:
+    arrays[first(arrays)] = arrays[first(arrays)].astype(np.float64)
+
+
+def as_list(arrays: Arrays) -> None:
+    arrays[first(arrays)] = arrays[first(arrays)].tolist()
+
+
+def too_long(arrays: Arrays) -> None:
+    arrays[first(arrays)] += 1e4
+
+
+def in_a_subclass(arrays: Arrays) -> None:
+    class Carrier(np.ndarray):
+        note = "anything may travel with a subclass"
+
+    arrays[first(arrays)] = arrays[first(arrays)].view(Carrier)
+
+
+BAD_ARRAYS = [
+    with_nan, with_infinity, with_extra, without_one, misshapen, in_double, as_list, too_long, in_a_subclass
+]  # fmt: skip
+
+
+def test_a_proper_update_passes(
+    arrays: Arrays, meta: dict[str, Any], shapes: Shapes, experiment: ExperimentConfig
+) -> None:
+    check_update(arrays, meta, shapes=shapes, config=experiment)
+
+
+@pytest.mark.parametrize("spoil", BAD_ARRAYS)
+def test_bad_arrays_are_refused(
+    spoil: Callable[[Arrays], None],
+    arrays: Arrays,
+    meta: dict[str, Any],
+    shapes: Shapes,
+    experiment: ExperimentConfig,
+) -> None:
+    spoil(arrays)
+    with pytest.raises(EgressRefused, match=r"tensor|norm"):
+        check_update(arrays, meta, shapes=shapes, config=experiment)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight", 4.5),
+        ("weight", 0.0),
+        ("weight", float("nan")),
+        ("weight", 4),
+        ("weight", "4"),
+        ("weight", None),
+        ("metrics", None),
+        ("metrics", {"train_loss": float("nan")}),
+        ("metrics", {"train_loss": "0.5"}),
+        ("metrics", {"train_loss": True}),
+        ("metrics", {"age": 61.0}),
+        ("metrics", {"train_loss": [0.5, 0.6]}),
+        ("note", "seen in March"),
+    ],
+)
+def test_bad_meta_is_refused(
+    key: str, value: object, arrays: Arrays, meta: dict[str, Any], shapes: Shapes, experiment: ExperimentConfig
+) -> None:
+    meta[key] = value
+    with pytest.raises(EgressRefused, match=r"meta|weight|metric") as refusal:
+        check_update(arrays, meta, shapes=shapes, config=experiment)
+    assert "March" not in str(refusal.value)
+
+
+def test_uniform_weighting_lets_no_patient_count_leave(
+    arrays: Arrays, meta: dict[str, Any], shapes: Shapes, experiment: ExperimentConfig
+) -> None:
+    uniform = replace(experiment, federation=replace(experiment.federation, weighting="uniform"))
+    with pytest.raises(EgressRefused, match="uniform"):
+        check_update(arrays, meta, shapes=shapes, config=uniform)
+    check_update(arrays, meta | {"weight": 1.0}, shapes=shapes, config=uniform)
+
+
+def test_metrics_of_one_task_are_not_those_of_the_other() -> None:
+    check_metrics({"effnet_kid": 0.1}, allowed=EVALUATION_METRICS)
+    with pytest.raises(EgressRefused):
+        check_metrics({"train_loss": 0.1}, allowed=EVALUATION_METRICS)
+
+
+# ---- the gate, on NVFlare's own messages
+
+
+def reply_of(arrays: Arrays, meta: dict[str, Any]) -> Shareable:
+    return update_reply(to_torch(arrays), weight=meta["weight"], metrics=meta["metrics"])
+
+
+def test_gate_passes_what_the_executor_sends(
+    arrays: Arrays, meta: dict[str, Any], experiment: ExperimentConfig
+) -> None:
+    reply = reply_of(arrays, meta)
+    assert passed(reply, experiment) is reply
+    figures = metrics_reply({"held_out_loss": 0.4})
+    assert passed(figures, experiment) is figures
+
+
+def test_gate_refuses_other_kinds_and_what_lies_beside(
+    arrays: Arrays, meta: dict[str, Any], experiment: ExperimentConfig
+) -> None:
+    for kind in (DataKind.WEIGHTS, DataKind.COLLECTION, DataKind.APP_DEFINED, DataKind.STATISTICS):
+        with pytest.raises(EgressRefused, match="kind"):
+            passed(DXO(kind, data=arrays).to_shareable(), experiment)
+    reply = reply_of(arrays, meta)
+    reply["log"] = "IM0001.dcm"
+    with pytest.raises(EgressRefused, match="beside"):
+        passed(reply, experiment)
+    reply = reply_of(arrays, meta)
+    reply.set_header("file", "IM0001.dcm")
+    with pytest.raises(EgressRefused, match="header"):
+        passed(reply, experiment)
+    with pytest.raises(EgressRefused, match="meta"):
+        passed(DXO(DataKind.METRICS, data={"held_out_loss": 1.0}, meta={"n": 3}).to_shareable(), experiment)
+    extra = {"weight": 4.0, MetaKey.INITIAL_METRICS: meta["metrics"], "file": "a"}
+    with pytest.raises(EgressRefused, match="meta"):
+        passed(DXO(DataKind.WEIGHT_DIFF, data=arrays, meta=extra).to_shareable(), experiment)
+
+
+def test_gate_refuses_a_reply_without_data(experiment: ExperimentConfig) -> None:
+    with pytest.raises(EgressRefused, match="no data"):
+        passed(make_reply(ReturnCode.OK), experiment)
+
+
+def test_gate_reduces_an_error_to_its_code(experiment: ExperimentConfig) -> None:
+    reply = make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    reply["error"] = "cannot open PATIENT_0017.dcm"
+    out = passed(reply, experiment)
+    assert out.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
+    assert "error" not in out

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from custom.config import ConfigError
+from custom.site_file import SITE_FILE_VARIABLE, load_site, server_config, site_config
+from medical_data.cohort import EmbeddedSource, FolderSource
+
+TEXT = """
+[server]
+runs = "runs"
+
+[sites.a]
+home = "homes/a"
+data = { folder = "scans", format = "dicom" }
+limits = { min_patients = 3 }
+hardware = { device = "cpu", threads = 2 }
+
+[sites.b]
+home = "/somewhere/b"
+data = { embedded = { hospital = 1, patients = 5, seed = 2 } }
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site's NVFlare workspace, two folders below where the command was typed."""
+    monkeypatch.delenv(SITE_FILE_VARIABLE, raising=False)
+    root = tmp_path / "simulator_workspace" / "a"
+    (root / "local").mkdir(parents=True)
+    (root / "local" / "fedct.toml").write_text(TEXT)
+    return root
+
+
+def test_paths_are_taken_from_the_folder_that_holds_the_workspace(workspace: Path, tmp_path: Path) -> None:
+    site = site_config("a", workspace_root=workspace)
+    assert site.home == tmp_path / "homes/a"
+    assert site.source == FolderSource(folder=tmp_path / "scans", format="dicom")
+    assert site.limits.min_patients == 3
+    assert site.hardware.threads == 2
+    assert server_config(workspace_root=workspace).runs == tmp_path / "runs"
+    other = site_config("b", workspace_root=workspace)
+    assert other.home == Path("/somewhere/b")
+    assert isinstance(other.source, EmbeddedSource)
+    assert other.source.patients == 5
+
+
+def test_a_named_file_wins_and_is_its_own_base(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "elsewhere" / "mine.toml"
+    own.parent.mkdir()
+    own.write_text(TEXT)
+    monkeypatch.setenv(SITE_FILE_VARIABLE, str(own))
+    assert site_config("a", workspace_root=workspace).home == own.parent / "homes/a"
+    assert load_site(own, "a") == site_config("a", workspace_root=workspace)
+    monkeypatch.setenv(SITE_FILE_VARIABLE, "mine.toml")
+    with pytest.raises(ConfigError, match="absolute"):
+        site_config("a", workspace_root=workspace)
+
+
+def test_without_a_site_file_nothing_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SITE_FILE_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="write one"):
+        site_config("a", workspace_root=tmp_path / "w" / "a")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("[sites.a]", "[sites.z]", r"\[sites\.a\]"),
+        ('home = "homes/a"', "", "home"),
+        ("min_patients = 3", "min_patient = 3", "min_patient"),
+        ("threads = 2", "threads = -1", "threads"),
+        ('"cpu"', '"tpu"', "device"),
+        ('format = "dicom"', 'format = "jpeg"', "format"),
+        ('folder = "scans", ', 'folder = "scans", embedded = {}, ', "folder or embedded"),
+        ('data = { folder = "scans", format = "dicom" }', "", "data"),
+        ('home = "homes/a"', 'home = "homes/a"\nepsilon = 3', "epsilon"),
+        ("[server]", "[server", "TOML"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(workspace: Path, old: str, new: str, named: str) -> None:
+    (workspace / "local" / "fedct.toml").write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=named):
+        site_config("a", workspace_root=workspace)
+
+
+def test_server_table_is_needed_by_the_server(workspace: Path) -> None:
+    (workspace / "local" / "fedct.toml").write_text(TEXT.replace("[server]", "[sever]"))
+    with pytest.raises(ConfigError, match="server"):
+        server_config(workspace_root=workspace)
