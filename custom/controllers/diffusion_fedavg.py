@@ -188,7 +188,7 @@ class DiffusionFedAvg(FedAvg):
             return True
 
         header = _header(experiment, folder, experiment.federation.rounds)
-        sites = sorted(client.name for client in self.engine.get_clients())
+        sites = sorted(folder.records()[-1]["accepted"])  # who was silent in the last round would cost a timeout again
         self.info(f"evaluation: asking {', '.join(sites)}")
         self._send(TASK_EVALUATE, task_model(arrays, header), sites, experiment, receive)
         mean = {

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from custom.cli import main
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import build_network
+from custom.model_file import ModelFile, save_model
+
+SITES = """
+[sites.{name}]
+home = "home"
+data = {{ embedded = {{ hospital = 0, patients = 12, slices = 8, matrix = 64, seed = 1 }} }}
+limits = {{ held_out_fraction = 0.5 }}
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path, experiment: ExperimentConfig) -> Path:
+    weights = dict(build_network(experiment.network, spatial_dims=2, seed=1).state_dict())
+    save_model(
+        tmp_path / "model.safetensors", ModelFile(experiment=experiment, rounds_done=2, weights=weights, ema=weights)
+    )
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["data"],
+        ["data", "inspect"],
+        ["data", "prepare"],
+        ["data", "phantom"],
+        ["sample"],
+        ["evaluate"],
+        ["receipt"],
+    ],
+)
+def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+@pytest.mark.parametrize("kind", ["png", "nifti", "dicom"])
+def test_sample_writes_the_same_images_for_the_same_seed(model: Path, tmp_path: Path, kind: str) -> None:
+    def draw(out: str, seed: int) -> list[bytes]:
+        arguments = ["sample", model, tmp_path / out, "--count", 2, "--format", kind, "--steps", 3, "--seed", seed]
+        assert main([str(argument) for argument in arguments]) == 0
+        assert (tmp_path / out / "grid.png").stat().st_size > 0
+        return [file.read_bytes() for file in sorted((tmp_path / out).rglob("*")) if file.suffix in (".dcm", ".png")]
+
+    assert draw("a", 1) == draw("b", 1) != draw("c", 2)
+
+
+def test_evaluate_prints_the_table(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sites.toml").write_text(SITES.format(name="a"))
+    arguments = ["evaluate", model, "--site-file", tmp_path / "sites.toml", "--site", "a", "--count", 20]
+    arguments += ["--json", tmp_path / "e.json", "--picture", tmp_path / "e.png"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "EffNet-KID" in capsys.readouterr().out
+    assert (tmp_path / "e.json").stat().st_size > 0
+    assert (tmp_path / "e.png").stat().st_size > 0
+
+
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert main(["receipt", "ct_ddpm", "--runs", str(tmp_path)]) == 2
+    assert main(["sample", str(model), str(tmp_path / "out"), "--steps", "1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("fedct: ") for line in lines)

@@ -1,0 +1,55 @@
+"""Sites that misbehave, for the simulator: what a broken or compromised site could send past its own gates."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+from nvflare.apis.dxo import from_shareable
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+
+from custom.executors.diffusion_trainer import DiffusionTrainer
+
+
+class FaultySite(DiffusionTrainer):
+    """Behaves as the site's name says; ``good-…`` is honest.
+
+    Args:
+        error_round: the round (from 0) in which ``error-…`` answers with an error; it is honest in others.
+    """
+
+    def __init__(self, error_round: int = 0) -> None:
+        super().__init__()
+        self._error_round = error_round
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Do the task, then spoil the reply."""
+        fault = fl_ctx.get_identity_name().split("-")[0]
+        if task_name == "train":
+            if fault == "silent":
+                while not abort_signal.triggered:
+                    time.sleep(0.2)
+                return make_reply(ReturnCode.TASK_ABORTED)
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "error" and from_shareable(shareable).meta["task"]["round_number"] == self._error_round:
+                return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
+        if reply.get_return_code() != ReturnCode.OK or task_name != "train":
+            return reply
+        arrays = from_shareable(reply).data
+        name = next(iter(arrays))
+        if fault == "nan":
+            arrays[name] = np.full_like(arrays[name], np.nan)
+        elif fault == "shape":
+            arrays[name] = arrays[name][..., :1].copy()
+        elif fault == "extra":
+            arrays["patients"] = np.zeros(3, np.float32)
+        elif fault == "huge":
+            arrays[name] = arrays[name] + np.float32(1e6)
+        return reply

@@ -1,0 +1,120 @@
+"""Run a job in NVFlare's real simulator, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from custom.config import ExperimentConfig
+from custom.run_folder import newest_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EMBEDDED = "data = {{ embedded = {{ hospital = {number}, patients = 16, slices = 8, matrix = 64, seed = 1 }} }}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a simulator run was."""
+
+    returncode: int
+    output: str
+    base: Path
+    experiment: ExperimentConfig
+
+    @property
+    def folder(self) -> Path:
+        return newest_run(self.base / "runs", self.experiment.name)
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((self.folder / "receipt.json").read_text())
+        return values
+
+
+def write_job(
+    base: Path,
+    experiment: ExperimentConfig,
+    sites: list[str],
+    *,
+    faulty: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
+) -> Path:
+    """The repository's job with another experiment and other sites.
+
+    ``faulty`` swaps the executor and drops the gate.
+    """
+    source = REPOSITORY / "jobs" / "ct_ddpm"
+    config = base / "job" / "app" / "config"
+    config.mkdir(parents=True, exist_ok=True)
+    meta = json.loads((source / "meta.json").read_text())
+    meta["deploy_map"] = {"app": ["server", *sites]}
+    (base / "job" / "meta.json").write_text(json.dumps(meta))
+    client = json.loads((source / "app/config/config_fed_client.json").read_text())
+    if faulty is not None:
+        client["executors"][0]["executor"] = {"path": "faulty_sites.FaultySite", "args": dict(faulty)}
+        client["task_result_filters"] = []
+    (config / "config_fed_client.json").write_text(json.dumps(client))
+    server = json.loads((source / "app/config/config_fed_server.json").read_text())
+    if resume_from is not None:
+        server["workflows"][0]["args"]["resume_from"] = str(resume_from)
+    (config / "config_fed_server.json").write_text(json.dumps(server))
+    (config / "experiment.json").write_text(json.dumps(experiment.to_json()))
+    return base / "job"
+
+
+def simulate(
+    base: Path,
+    experiment: ExperimentConfig,
+    sites: Mapping[str, str] | list[str],
+    *,
+    threads: int,
+    faulty: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
+    timeout: int = 400,
+) -> Run:
+    """Run the job.
+
+    Args:
+        base: folder that holds workspace, runs and the sites' homes; may be used again.
+        experiment: what to run.
+        sites: names, or names with their ``data = …`` line; the embedded cohort by default.
+        threads: NVFlare's ``-t``.
+        faulty: arguments of :class:`faulty_sites.FaultySite`, which then stands in for the executor.
+        resume_from: run folder to carry on.
+        timeout: seconds.
+    """
+    if not isinstance(sites, Mapping):
+        sites = {name: EMBEDDED.format(number=number) for number, name in enumerate(sites)}
+    job = write_job(base, experiment, list(sites), faulty=faulty, resume_from=resume_from)
+    site_file = base / "sites.toml"
+    tables = [
+        f'[sites.{name}]\nhome = "sites/{name}"\nhardware = {{ threads = 1 }}\n{data}\n' for name, data in sites.items()
+    ]
+    site_file.write_text('[server]\nruns = "runs"\nhardware = { threads = 1 }\n\n' + "\n".join(tables))
+    local = base / "workspace" / "local"
+    local.mkdir(parents=True, exist_ok=True)
+    resources = json.loads((REPOSITORY / "simulator_workspace/local/resources.json").read_text())
+    resources["class_allow_list"].append("faulty_sites.")
+    (local / "resources.json").write_text(json.dumps(resources))
+    environment = os.environ | {
+        "FEDCT_SITE_FILE": str(site_file),
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [Path(sys.executable).parent / "nvflare", "simulator", job, "-w", base / "workspace", "-t", str(threads)],
+        cwd=base,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Run(returncode=done.returncode, output=done.stdout, base=base, experiment=experiment)
