@@ -7,8 +7,8 @@ import sys
 from importlib import metadata
 
 from custom.commands import data, evaluate, receipt, sample
-from custom.config import ConfigError
 from custom.run_folder import RunFailed
+from custom.strict import ConfigError
 from medical_data.errors import MedicalDataError
 
 # What a user can mend: one line with the remedy, no traceback.

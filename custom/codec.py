@@ -16,11 +16,16 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from torch import Tensor
 
-from custom.config import EXPERIMENT_FILE, ExperimentConfig, build
+from custom.config import EXPERIMENT_FILE, ExperimentConfig
 from custom.egress import METRICS, WEIGHT
+from custom.strict import build
 
 TASK_TRAIN = "train"
 TASK_EVALUATE = "evaluate"
+
+# In an evaluation task: the model's tensors and, beside them, uint8 images [N, 1, *spatial] under these names.
+SAMPLES = "samples"
+UNTRAINED_SAMPLES = "untrained_samples"
 
 Arrays = Mapping[str, NDArray[Any]]
 

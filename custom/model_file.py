@@ -12,9 +12,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from custom.atomic import write_atomically
-from custom.config import ConfigError, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network, parameter_shapes
 from custom.diffusion.schedule import Schedule, build_schedule
+from custom.strict import ConfigError
 
 EMA_PREFIX = "ema/"
 

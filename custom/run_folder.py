@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from custom.atomic import write_atomically
-from custom.config import EXPERIMENT_FILE, ConfigError, ExperimentConfig
+from custom.config import EXPERIMENT_FILE, ExperimentConfig
 from custom.model_file import ModelFile, load_model, save_checkpoint
+from custom.strict import ConfigError
 
 KEPT_CHECKPOINTS = 3
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from custom.config import ConfigError, build, require
+from custom.strict import ConfigError, build, require
 from medical_data.cohort import DataLimits, EmbeddedSource, FolderSource
 
 if sys.version_info >= (3, 11):

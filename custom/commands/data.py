@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from medical_data.cohort import DataLimits, FolderSource, prepare_cohort
+from custom.config import EXPERIMENT_FILE, ExperimentConfig
+from custom.site_file import load_site
+from medical_data.cohort import prepare_cohort
 from medical_data.deidentify import SECRET_BYTES, Pseudonymizer, site_secret
 from medical_data.inspection import InspectionReport, iter_volumes
 from medical_data.phantom import PhantomConfig, write_cohort
-from medical_data.preprocess import PreprocessConfig
 
 OK, NOTHING_ACCEPTED = 0, 1
 
@@ -66,85 +67,14 @@ def _register_inspect(commands: argparse._SubParsersAction[argparse.ArgumentPars
 def _register_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "prepare",
-        help="preprocess a folder's scans into the site's cache",
-        description="Read, preprocess and split the patients below a folder as a job would, into the site's "
-        "cache; does nothing where that is done already. Exit code: 0 if the cohort is ready, 2 otherwise.",
+        help="preprocess a site's scans into its cache, before a job needs them",
+        description="Read, preprocess and split a site's patients as a job asks for, into the site's cache; does "
+        "nothing where that is done already. A job does the same at its first start. Exit code: 0 if the cohort is "
+        "ready, 2 otherwise.",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder with scans, any nesting and file names")
-    parser.add_argument(
-        "--home",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="the site's own folder for secret and cache, outside DIR",
-    )
-    _add_format(parser)
-    job = parser.add_argument_group("preprocessing", "as the job that will train asks for")
-    job.add_argument(
-        "--spatial-dims",
-        type=int,
-        choices=(2, 3),
-        default=PreprocessConfig.spatial_dims,
-        help="axial slices or patches (default: %(default)s)",
-    )
-    job.add_argument(
-        "--size",
-        metavar="N",
-        type=int,
-        default=PreprocessConfig.size,
-        help="pixels along each edge (default: %(default)s)",
-    )
-    job.add_argument(
-        "--window-hu",
-        metavar=("LOW", "HIGH"),
-        type=float,
-        nargs=2,
-        default=PreprocessConfig.window_hu,
-        help="HU that become -1 and 1 (default: %(default)s)",
-    )
-    job.add_argument(
-        "--images-per-patient",
-        metavar="N",
-        type=int,
-        default=PreprocessConfig.images_per_patient,
-        help="at most, evenly spaced over the body (default: %(default)s)",
-    )
-    job.add_argument(
-        "--spacing-mm",
-        metavar=("D", "H", "W"),
-        type=float,
-        nargs=3,
-        help="voxel size of patches; needed for 3 dimensions",
-    )
-    site = parser.add_argument_group("limits", "the site's own")
-    site.add_argument(
-        "--min-patients",
-        metavar="N",
-        type=int,
-        default=DataLimits.min_patients,
-        help="refuse fewer usable patients (default: %(default)s)",
-    )
-    site.add_argument(
-        "--max-images-per-patient",
-        metavar="N",
-        type=int,
-        default=DataLimits.max_images_per_patient,
-        help="ceiling over what a job asks (default: none)",
-    )
-    site.add_argument(
-        "--held-out-fraction",
-        metavar="F",
-        type=float,
-        default=DataLimits.held_out_fraction,
-        help="share of patients that never train (default: %(default)s)",
-    )
-    site.add_argument(
-        "--split-seed",
-        metavar="N",
-        type=int,
-        default=DataLimits.split_seed,
-        help="of the split by patient (default: %(default)s)",
-    )
+    parser.add_argument("job", metavar="JOB", type=Path, help="the job's folder, such as jobs/ct_ddpm")
+    parser.add_argument("--site-file", metavar="FILE", type=Path, required=True, help="the site file (TOML)")
+    parser.add_argument("--site", metavar="NAME", required=True, help="which of its sites")
     parser.set_defaults(func=_prepare)
 
 
@@ -195,22 +125,13 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    site = load_site(args.site_file, args.site)
+    experiment = ExperimentConfig.load(args.job / "app" / "config" / EXPERIMENT_FILE)
     cohort = prepare_cohort(
-        source=FolderSource(folder=args.folder, format=args.format),
-        preprocess=PreprocessConfig(
-            spatial_dims=args.spatial_dims,
-            size=args.size,
-            window_hu=tuple(args.window_hu),
-            images_per_patient=args.images_per_patient,
-            spacing_mm=None if args.spacing_mm is None else tuple(args.spacing_mm),
-        ),
-        limits=DataLimits(
-            min_patients=args.min_patients,
-            max_images_per_patient=args.max_images_per_patient,
-            held_out_fraction=args.held_out_fraction,
-            split_seed=args.split_seed,
-        ),
-        home=args.home,
+        source=site.source,
+        preprocess=experiment.preprocess,
+        limits=site.limits,
+        home=site.home,
         progress=_progress(),
     )
     patients, held_out = len(cohort.pseudonyms), int(np.count_nonzero(cohort.held_out))

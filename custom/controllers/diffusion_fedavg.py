@@ -18,8 +18,10 @@ from torch import Tensor
 
 from custom.aggregators.in_time_average import InTimeAverage
 from custom.codec import (
+    SAMPLES,
     TASK_EVALUATE,
     TASK_TRAIN,
+    UNTRAINED_SAMPLES,
     TaskHeader,
     experiment_of,
     reply_meta,
@@ -28,18 +30,18 @@ from custom.codec import (
     to_torch,
     workspace_root,
 )
-from custom.config import ConfigError, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.device import use
 from custom.diffusion.ema import updated_ema
 from custom.diffusion.networks import build_network, parameter_shapes
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
 from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics
-from custom.executors.diffusion_trainer import SAMPLES, UNTRAINED_SAMPLES
 from custom.model_file import ModelFile, save_model
 from custom.pictures import grey_levels, sample_grid
 from custom.run_folder import RoundRecord, RunFolder
 from custom.site_file import server_config
+from custom.strict import ConfigError
 
 
 class RoundVoid(Exception):
@@ -87,7 +89,6 @@ class DiffusionFedAvg(FedAvg):
             self.info(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
             average = self._ask(experiment, folder, model, round_number, asked)
             model = _next_model(model, average.mean())
-            folder.save_round(model)
             record = RoundRecord(
                 round_number=round_number,
                 asked=asked,
@@ -96,7 +97,8 @@ class DiffusionFedAvg(FedAvg):
                 silent=sorted(set(asked) - set(average.accepted) - set(average.refused)),
                 seconds=time.monotonic() - start,
             )
-            folder.record(record)
+            folder.record(record)  # before the checkpoint: a crash between them repeats the round and its record
+            folder.save_round(model)
             self.info(_summary(record, experiment))
             every = experiment.sampling.grid_every
             if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:

@@ -15,8 +15,10 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from custom.codec import (
+    SAMPLES,
     TASK_EVALUATE,
     TASK_TRAIN,
+    UNTRAINED_SAMPLES,
     Arrays,
     TaskHeader,
     experiment_of,
@@ -26,7 +28,7 @@ from custom.codec import (
     update_reply,
     workspace_root,
 )
-from custom.config import ExperimentConfig, require
+from custom.config import ExperimentConfig
 from custom.device import use
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
@@ -35,14 +37,11 @@ from custom.filters.egress_gate import passed
 from custom.pictures import real_and_generated
 from custom.site_file import SiteConfig, site_config
 from custom.site_state import SiteState
+from custom.strict import require
 from custom.training import held_out_loss, train_round
 from medical_data.cohort import Cohort, prepare_cohort
 
 logger = logging.getLogger(__name__)
-
-# In an evaluation task: the model's tensors and, beside them, uint8 pictures [N, 1, *spatial] under these names.
-SAMPLES = "samples"
-UNTRAINED_SAMPLES = "untrained_samples"
 
 
 class Aborted(Exception):
@@ -58,12 +57,16 @@ class _Site:
     abort: Signal
 
     def cohort(self) -> Cohort:
-        return prepare_cohort(
+        start = time.monotonic()
+        cohort = prepare_cohort(
             source=self.config.source,
             preprocess=self.experiment.preprocess,
             limits=self.config.limits,
             home=self.config.home,
         )
+        if time.monotonic() - start > 2:
+            self.say(f"cohort of {len(cohort.pseudonyms)} patients read in {time.monotonic() - start:.0f} s")
+        return cohort
 
     def say(self, text: str) -> None:
         """A line on the site's own console and in its log."""

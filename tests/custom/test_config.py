@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from custom.config import PRESETS, ConfigError, ExperimentConfig
+from custom.config import PRESETS, ExperimentConfig
+from custom.strict import ConfigError
 
 
 def changed(experiment: ExperimentConfig, path: str, value: object) -> dict[str, object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from custom import cli
+from custom.config import ExperimentConfig
 
 
 def fedct(*words: object) -> int:
@@ -66,58 +67,48 @@ def test_inspect_of_no_folder_fails(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert err.count("\n") == 1
 
 
-def test_prepare_makes_the_cohort_once(hospital: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (
-        "prepare",
-        hospital,
-        "--home",
-        tmp_path,
-        "--size",
-        16,
-        "--images-per-patient",
-        6,
-        "--window-hu",
-        -900,
-        500,
-        "--max-images-per-patient",
-        4,
-        "--held-out-fraction",
-        0.4,
+@pytest.fixture
+def words(hospital: Path, tmp_path: Path, experiment: ExperimentConfig) -> tuple[object, ...]:
+    config = tmp_path / "job" / "app" / "config"
+    config.mkdir(parents=True)
+    (config / "experiment.json").write_text(json.dumps(experiment.to_json()))
+    (tmp_path / "sites.toml").write_text(
+        f'[sites.a]\nhome = "home"\ndata = {{ folder = "{hospital}" }}\n'
+        "limits = { held_out_fraction = 0.4, max_images_per_patient = 3, min_patients = 3 }\n"
     )
+    return ("prepare", tmp_path / "job", "--site-file", tmp_path / "sites.toml", "--site", "a")
+
+
+def test_prepare_makes_the_cohort_once(
+    words: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fedct(*words) == 0
     first = capsys.readouterr().out
-    assert first.startswith("patients: 3 (2 train, 1 held out)\nimages: 12 of 16x16 (8 train, 4 held out)\n")
+    assert first.startswith("patients: 3 (2 train, 1 held out)\nimages: 9 of 16x16 (6 train, 3 held out)\n")
     assert fedct(*words) == 0
     assert capsys.readouterr().out == first
-    (cache,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    (cache,) = (p for p in (tmp_path / "home" / "cache").iterdir() if p.is_dir())
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert manifest["preprocess"]["window_hu"] == [-900, 500]
-
-
-def test_prepare_patches(hospital: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("prepare", hospital, "--home", tmp_path, "--spatial-dims", 3, "--size", 16)
-    assert fedct(*words) == 2
-    assert "spacing_mm = None" in capsys.readouterr().err
-    assert fedct(*words, "--spacing-mm", 14, 12, 12, "--images-per-patient", 2) == 0
-    assert " of 16x16x16 (" in capsys.readouterr().out
+    assert manifest["preprocess"]["window_hu"] == [-1000, 600]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("old", "new", "message"),
     [
-        (("--size", 2), "size = 2"),
-        (("--window-hu", 5, -5), "window_hu = "),
-        (("--held-out-fraction", 1.5), "held_out_fraction = 1.5"),
-        (("--min-patients", 4, "--size", 16), "usable patients = 3"),
-        (("--format", "nifti"), "usable patients = 0"),
+        ("held_out_fraction = 0.4", "held_out_fraction = 1.5", "held_out_fraction = 1.5"),
+        ("min_patients = 3", "min_patients = 4", "usable patients = 3"),
+        ("data = {", 'data = { format = "nifti", ', "usable patients = 0"),
+        ("[sites.a]", "[sites.b]", "--site = 'a'"),
     ],
 )
 def test_prepare_says_what_to_mend(
-    hospital: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[object, ...], message: str
+    words: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
 ) -> None:
-    assert fedct("prepare", hospital, "--home", tmp_path, *words) == 2
+    file = tmp_path / "sites.toml"
+    file.write_text(file.read_text().replace(old, new))
+    assert fedct(*words) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"fedct: {message}")
+    assert message in err
     assert err.count("\n") == 1
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from custom.config import ConfigError, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.model_file import ModelFile, load_model, save_checkpoint, save_model
 from custom.run_folder import KEPT_CHECKPOINTS, RoundRecord, RunFailed, RunFolder, check_receipt, newest_run
+from custom.strict import ConfigError
 
 
 @pytest.fixture

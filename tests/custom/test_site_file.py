@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from custom.config import ConfigError
 from custom.site_file import SITE_FILE_VARIABLE, load_site, server_config, site_config
+from custom.strict import ConfigError
 from medical_data.cohort import EmbeddedSource, FolderSource
 
 TEXT = """
