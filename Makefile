@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv demo test test-all check clean
+.PHONY: help venv demo test test-all check bench clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -12,6 +12,7 @@ venv: $(BIN)/.installed ## create .venv and install fedct with what was tested
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing: about 6 GB, a few minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
@@ -34,6 +35,10 @@ test: check ## lint, types and the tests (20 minutes on 2 cores)
 
 test-all: check ## the same with the tests that take minutes each
 	$(BIN)/python -m pytest
+
+bench: venv ## training benchmark: throughput against bare loops, NVFlare's overhead
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python tests/benchmarks/training.py
 
 clean: ## remove what can be made again; runs/ and sites/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
