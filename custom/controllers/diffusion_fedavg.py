@@ -67,7 +67,7 @@ class DiffusionFedAvg(FedAvg):
         experiment = experiment_of(self.fl_ctx)
         server = server_config(workspace_root=workspace_root(self.fl_ctx))
         self._device = use(server.hardware)
-        folder = _resumed(Path(self._resume_from), experiment) if self._resume_from else None
+        folder = resumed(Path(self._resume_from), experiment) if self._resume_from else None
         folder = folder or RunFolder.create(server.runs, experiment)
         self.info(f"run folder: {folder.path}")
         try:
@@ -85,10 +85,10 @@ class DiffusionFedAvg(FedAvg):
         model = folder.last_round() or _initial_model(experiment)
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
-            asked = self._draw_sites(experiment, round_number)
+            asked = drawn_sites([client.name for client in self.engine.get_clients()], experiment, round_number)
             self.info(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
             average = self._ask(experiment, folder, model, round_number, asked)
-            model = _next_model(model, average.mean())
+            model = next_model(model, average.mean())
             record = RoundRecord(
                 round_number=round_number,
                 asked=asked,
@@ -160,14 +160,6 @@ class DiffusionFedAvg(FedAvg):
             self._error_codes[client_name] = code
         return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
 
-    def _draw_sites(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
-        """All sites, or a draw that (seed, round) determines."""
-        sites = sorted(client.name for client in self.engine.get_clients())
-        count = experiment.federation.clients_per_round
-        if count is None or count >= len(sites):
-            return sites
-        return sorted(random.Random(f"{experiment.seed} {round_number}").sample(sites, count))  # noqa: S311
-
     def _finish(self, experiment: ExperimentConfig, folder: RunFolder, model: ModelFile) -> dict[str, Any]:
         """Samples, the finished model, and the sites' figures about it."""
         save_model(folder.path / "model.safetensors", model)
@@ -215,7 +207,20 @@ class DiffusionFedAvg(FedAvg):
         return images
 
 
-def _resumed(path: Path, experiment: ExperimentConfig) -> RunFolder:
+def drawn_sites(sites: list[str], experiment: ExperimentConfig, round_number: int) -> list[str]:
+    """Who takes part in a round, sorted: all sites, or a draw that (seed, round) determines."""
+    count = experiment.federation.clients_per_round
+    if count is None or count >= len(sites):
+        return sorted(sites)
+    return sorted(random.Random(f"{experiment.seed} {round_number}").sample(sorted(sites), count))  # noqa: S311
+
+
+def resumed(path: Path, experiment: ExperimentConfig) -> RunFolder:
+    """The folder of an earlier run, to be carried on.
+
+    Raises:
+        ConfigError: a relative path, no checkpoint, or another experiment.
+    """
     if not path.is_absolute():
         raise ConfigError(f"resume_from = {path}: give an absolute path: NVFlare starts its processes in other folders")
     folder = RunFolder(path)
@@ -233,7 +238,8 @@ def _initial_model(experiment: ExperimentConfig) -> ModelFile:
     return ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
 
 
-def _next_model(model: ModelFile, mean: dict[str, NDArray[np.float32]]) -> ModelFile:
+def next_model(model: ModelFile, mean: dict[str, NDArray[np.float32]]) -> ModelFile:
+    """The model after a round: the mean difference added, the moving average followed."""
     differences = to_torch(mean)
     weights: dict[str, Tensor] = {name: tensor + differences[name] for name, tensor in model.weights.items()}
     # The average starts at the first trained model, not at noise.

@@ -3,7 +3,7 @@
     python tests/benchmarks/real_scans.py OUT [--threads N]
 
 Splits the patients among three sites (links, no copies), runs `nvflare simulator jobs/ct_ddpm` and compares the
-model's samples with the pooled held-out patients. OUT gets runs/, sites/, the table and a picture, which shows patients.
+model's samples with the pooled held-out patients. OUT gets runs/, sites/, a table and a picture (which shows patients).
 """
 
 from __future__ import annotations
