@@ -46,7 +46,7 @@ class ModelFile:
 
 def save_checkpoint(file: Path, model: ModelFile) -> None:
     """Write weights and average, atomically."""
-    _save(file, model, {**model.weights, **{EMA_PREFIX + name: tensor for name, tensor in model.ema.items()}})
+    _save(file, model, {**model.weights, **{EMA_PREFIX + name: tensor.clone() for name, tensor in model.ema.items()}})
 
 
 def save_model(file: Path, model: ModelFile) -> None:
