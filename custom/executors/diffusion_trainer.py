@@ -173,8 +173,9 @@ def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) ->
         for rows in (cohort.rows("held_out"), cohort.rows("train"))
     )
     pictures = site.config.home / "pictures" / experiment.name / header.run_id
+    spread = np.linspace(0, len(held_out) - 1, min(16, len(held_out))).round().astype(int)  # over the patients
     real_and_generated(
-        held_out[:16], generated[:16], pictures / "real_and_generated.png", window_hu=experiment.preprocess.window_hu
+        held_out[spread], generated[:16], pictures / "real_and_generated.png", window_hu=experiment.preprocess.window_hu
     )
     site.say(f"real beside generated, for this site's eyes only: {pictures / 'real_and_generated.png'}")
     per_patient = int(np.bincount(cohort.patient).max())
