@@ -20,12 +20,14 @@ import secrets
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from custom.atomic import write_atomically
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
-from custom.model_file import ModelFile, load_model, save_checkpoint
 from custom.strict import ConfigError
+
+if TYPE_CHECKING:
+    from custom.model_file import ModelFile
 
 KEPT_CHECKPOINTS = 3
 
@@ -77,12 +79,16 @@ class RunFolder:
 
     def save_round(self, model: ModelFile) -> None:
         """Write the checkpoint after a round and drop those too old to resume from."""
+        from custom.model_file import save_checkpoint
+
         save_checkpoint(self._checkpoint(model.rounds_done), model)
         for old in sorted(self._checkpoints())[:-KEPT_CHECKPOINTS]:
             self._checkpoint(old).unlink(missing_ok=True)
 
     def last_round(self) -> ModelFile | None:
         """The newest checkpoint, or None before the first round was done."""
+        from custom.model_file import load_model
+
         done = self._checkpoints()
         return load_model(self._checkpoint(max(done))) if done else None
 

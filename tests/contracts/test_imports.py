@@ -15,6 +15,7 @@ GLUE = ("custom.executors", "custom.controllers", "custom.filters", "custom.aggr
 # Module (by prefix) and what it must never import (by prefix). The first prefix that fits a module decides.
 FORBIDDEN = {
     "medical_data": ("privacy", "custom", "poc", "nvflare", "opacus"),
+    "privacy.accounting": ("medical_data", "custom", "poc", "nvflare", "monai"),  # opacus: ADR 0007
     "privacy.dpsgd": ("medical_data", "custom", "poc", "nvflare", "monai"),
     "privacy": ("medical_data", "custom", "poc", "nvflare", "monai", "opacus"),
     "custom.diffusion": ("custom.training", "custom.codec", "custom.site_file", "poc", "nvflare", "opacus", *GLUE),

@@ -1,0 +1,274 @@
+"""Patient-level DP-SGD (Abadi et al. 2016, arXiv:1607.00133, alg. 1), one step at a time.
+
+    sample patients → K draws each → gradient per patient → clip to C → sum → add noise σC → divide by qN → optimizer
+
+Opacus' optimizer clips, sums and steps, and Opacus' accountant counts the steps that ran. Ours are the gradients
+(``vmap`` over patients), the secure noise and the parts of adaptive clipping that Opacus leaves open. A loss arrives as
+a callable: nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.accountants import PRVAccountant
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from privacy.accounting import SampledGaussian
+from privacy.errors import InvalidPlan, PlanExhausted, WrongDraws, require, require_count
+from privacy.plan import DPPlan
+from privacy.rng import Randomness, SecureRandomness, with_gaussian_noise
+
+# PatientLoss(parameters by name, *one patient's draws [K, …]) → one loss per draw, [K].
+PatientLoss = Callable[..., Tensor]
+# Draw(patient indices [b]) → tensors [b, K, …], the arguments of the loss after the parameters.
+Draw = Callable[[NDArray[np.int64]], Sequence[Tensor]]
+
+# Clipping aims this much below C, so that float32's rounding and the noise's grid stay within C.
+CLIP_MARGIN = 1e-5
+
+
+def per_patient_gradients(
+    loss: PatientLoss, parameters: Mapping[str, Tensor], draws: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Gradient of each patient's mean loss over the patient's own draws, and of nothing else.
+
+    ``vmap`` hands each patient's draws to the loss separately, so a loss cannot mix patients.
+
+    Args:
+        loss: called as ``loss(parameters, *draws_of_one_patient)`` with tensors [K, …]; returns [K]. It must not
+            draw random numbers: noise and timesteps are draws.
+        parameters: by name; those that are trained.
+        draws: tensors [B, K, …].
+
+    Returns:
+        Tensors [B, *parameter shape] by name.
+    """
+
+    def patient_loss(parameters: dict[str, Tensor], *draws_of_patient: Tensor) -> Tensor:
+        return loss(parameters, *draws_of_patient).mean()
+
+    in_dims = (None, *(0,) * len(draws))
+    detached = {name: parameter.detach() for name, parameter in parameters.items()}
+    # vmap has no rule for PyTorch's fused attention and would go patient by patient; the plain one is batched.
+    with sdpa_kernel(SDPBackend.MATH):
+        gradients: dict[str, Tensor] = torch.func.vmap(torch.func.grad(patient_loss), in_dims)(detached, *draws)
+    return gradients
+
+
+def noisy_clipped_sum(values: Tensor, *, clip_norm: float, noise_multiplier: float, randomness: Randomness) -> Tensor:
+    """Release Σ clip(value of a patient) + N(0, (σC)²): for instance the sum of the patients' mean images.
+
+    Whoever calls it charges ``GaussianRelease(noise_multiplier=…)`` first.
+
+    Args:
+        values: one per patient, over all the patient's scans, [P, …]; a value that is not finite counts as zero.
+        clip_norm: C, L2 bound per patient.
+        noise_multiplier: σ.
+        randomness: of the noise.
+
+    Returns:
+        float64 of one value's shape, on the CPU.
+    """
+    values = values.detach().to("cpu", torch.float64)
+    if len(values):
+        norms = _norms([values])
+        factors = (clip_norm * (1 - CLIP_MARGIN) / norms).clamp(max=1.0)
+        values = torch.where(_each(norms.isfinite(), values), values, 0.0)
+        values = values * _each(factors.nan_to_num(0.0), values)
+    return with_gaussian_noise(values.sum(dim=0), std=noise_multiplier * clip_norm, randomness=randomness)
+
+
+class PatientSGD:
+    """DP-SGD over one site's patients for one round of a plan.
+
+    One patient changes the sum that the noise is added to by at most C, whatever the patient's scans hold and however
+    many there are; the noise has standard deviation σC in every coordinate. Both are tested.
+
+    Args:
+        parameters: those that are trained, by name; exactly those of the optimizer.
+        optimizer: takes the noisy mean gradient. What else it does must not look at data.
+        loss: as in :func:`per_patient_gradients`.
+        plan: the calibrated plan.
+        patients: those that the site really has, sampled from.
+        chunk_size: patients whose gradients are in memory at once; it does not change the result.
+        clip_norm: where an adaptive clip norm stood after the last round; None for the plan's.
+        randomness: of noise and sampling; None for a new secure stream.
+
+    Raises:
+        InvalidPlan: an impossible value, or an optimizer over other parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        loss: PatientLoss,
+        plan: DPPlan,
+        patients: int,
+        chunk_size: int,
+        clip_norm: float | None = None,
+        randomness: Randomness | None = None,
+    ) -> None:
+        require_count(patients, argument="patients")
+        require_count(chunk_size, argument="chunk_size")
+        require(
+            clip_norm is None or plan.config.adaptive_clipping is not None,
+            argument="clip_norm",
+            value=clip_norm,
+            remedy=f"leave it out: the plan's is fixed at {plan.config.clip_norm}",
+        )
+        managed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if {id(p) for p in managed} != {id(p) for p in parameters.values()} or not managed:
+            raise InvalidPlan(
+                argument="optimizer", value=f"{len(managed)} parameters", remedy="give it exactly the trained ones"
+            )
+        self._parameters = dict(parameters)
+        self._loss = loss
+        self._plan = plan
+        self._patients = patients
+        self._chunk_size = chunk_size
+        self._randomness = SecureRandomness() if randomness is None else randomness
+        self._optimizer = _PatientOptimizer(
+            optimizer, plan, plan.config.clip_norm if clip_norm is None else clip_norm, self._randomness
+        )
+        self._accountant = PRVAccountant()
+        self._optimizer.attach_step_hook(self._accountant.get_optimizer_hook_fn(plan.config.sampling_rate))
+
+    @property
+    def clip_norm(self) -> float:
+        """C of the next step. With adaptive clipping it moves, but only by what was released with noise."""
+        return self._optimizer.clip_norm
+
+    @property
+    def events(self) -> tuple[SampledGaussian, ...]:
+        """The steps that ran, as the accountant saw them."""
+        return tuple(
+            SampledGaussian(sampling_rate=q, noise_multiplier=sigma, steps=steps)
+            for sigma, q, steps in self._accountant.history
+        )
+
+    def step(self, draw: Draw) -> None:
+        """Sample patients, and move the parameters once.
+
+        A step that samples nobody adds its noise and counts like any other; ``draw`` is not called then.
+
+        Args:
+            draw: called with the indices of a chunk of the sampled patients, int64 [b]; returns tensors [b, K, …].
+
+        Raises:
+            PlanExhausted: the round's steps have run.
+            WrongDraws: tensors of another shape than [b, K, …].
+        """
+        if sum(event.steps for event in self.events) >= self._plan.config.steps_per_round:
+            raise PlanExhausted(
+                argument="steps", value=self._plan.config.steps_per_round, remedy="the round's steps have run; send it"
+            )
+        self._optimizer.begin()
+        sampled = self._randomness.poisson_sample(self._patients, self._plan.config.sampling_rate)
+        # At least one chunk: an empty one makes the sum zero.
+        for start in range(0, max(len(sampled), 1), self._chunk_size):
+            chunk = sampled[start : start + self._chunk_size]
+            gradients = self._gradients(draw, chunk) if len(chunk) else self._no_gradients()
+            for name, parameter in self._parameters.items():
+                parameter.grad_sample = gradients[name]  # type: ignore[attr-defined]
+            self._optimizer.signal_skip_step(do_skip=start + self._chunk_size < len(sampled))
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self, draw: Draw, chunk: NDArray[np.int64]) -> dict[str, Tensor]:
+        draws = tuple(draw(chunk))
+        wanted = (len(chunk), self._plan.config.draws_per_patient)
+        for tensor in draws:
+            if tuple(tensor.shape[:2]) != wanted:
+                raise WrongDraws(
+                    argument="draws", value=tuple(tensor.shape), remedy=f"give [{wanted[0]}, {wanted[1]}, …]"
+                )
+        return per_patient_gradients(self._loss, self._parameters, draws)
+
+    def _no_gradients(self) -> dict[str, Tensor]:
+        return {name: p.detach().new_zeros((0, *p.shape)) for name, p in self._parameters.items()}
+
+
+class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' DP optimizer with secure noise, a clip that holds for every input, and adaptive clipping.
+
+    Opacus 1.6's own AdaClip optimizer is not used: it divides by the number of patients that happened to be sampled,
+    which is private under Poisson sampling; it counts unclipped patients without centring (sensitivity 1, where
+    theorem 1 of arXiv:1905.03871 needs 1/2); its noise on the count is not secure; and it fails on an empty sample.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, plan: DPPlan, clip_norm: float, randomness: Randomness
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=clip_norm * (1 - CLIP_MARGIN),
+            expected_batch_size=plan.expected_patients,
+        )
+        self._plan = plan
+        self._randomness = randomness
+        self._unclipped = 0.0  # Σ (b_i - 1/2) over the step's patients, b_i = 1 if the patient is not clipped
+        self.clip_norm = clip_norm
+
+    def begin(self) -> None:
+        """Forget whatever a step that failed half-way has left: nothing of it was released."""
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+        self._unclipped = 0.0
+        self.zero_grad()
+
+    def clip_and_accumulate(self) -> None:
+        """Clip each patient; one whose gradient or its norm overflows contributes nothing rather than NaN."""
+        gradients = self.grad_samples
+        if len(gradients[0]):
+            norms = _norms(gradients)
+            finite = norms.isfinite()
+            self._unclipped += float((norms <= self.max_grad_norm).sum()) - 0.5 * len(norms)
+            if not bool(finite.all()):
+                for p, g in zip(self.params, gradients, strict=True):
+                    p.grad_sample = torch.where(_each(finite, g), g, 0.0)
+        super().clip_and_accumulate()
+
+    def add_noise(self) -> None:
+        """Set ``p.grad`` to the sum of clipped gradients plus N(0, (σ_Δ C)²), then move C if it is adaptive."""
+        std = self._plan.gradient_noise_multiplier * self.clip_norm
+        for p in self.params:
+            noisy = with_gaussian_noise(p.summed_grad, std=std, randomness=self._randomness)
+            p.grad = noisy.to(device=p.device, dtype=p.dtype).view_as(p)
+        self._adapt()
+
+    def _adapt(self) -> None:
+        """C ← C exp(-η (b̃ - γ)), arXiv:1905.03871, alg. 1, with b̃ = 1/2 + (Σ (b_i - 1/2) + N(0, σ_b²)) / qN."""
+        adaptive = self._plan.config.adaptive_clipping
+        if adaptive is not None:
+            count = torch.tensor(self._unclipped, dtype=torch.float64)
+            std = adaptive.count_noise_multiplier
+            noisy = float(with_gaussian_noise(count, std=std, randomness=self._randomness))
+            share = 0.5 + noisy / self._plan.expected_patients
+            log_norm = math.log(self.clip_norm) - adaptive.learning_rate * (share - adaptive.target_quantile)
+            bounded = min(
+                max(log_norm, math.log(adaptive.min_norm)), math.log(adaptive.max_norm)
+            )  # exp cannot overflow
+            self.clip_norm = min(max(math.exp(bounded), adaptive.min_norm), adaptive.max_norm)
+            self.max_grad_norm = self.clip_norm * (1 - CLIP_MARGIN)
+
+
+def _norms(values: Sequence[Tensor]) -> Tensor:
+    """Joint L2 norm of each patient's tensors, [B]."""
+    norms = [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in values]
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return joint
+
+
+def _each(per_patient: Tensor, values: Tensor) -> Tensor:
+    """[B] shaped to broadcast against [B, …]."""
+    return per_patient.view(-1, *(1,) * (values.ndim - 1))
