@@ -104,7 +104,7 @@ def load_site(file: Path, name: str) -> SiteConfig:
     """The settings of one site from a file named on the command line; raises like :func:`site_config`."""
     sites = _parse(file).get("sites", {})
     require(name in sites, argument="--site", value=name, remedy=f"give one of {sorted(sites)}")
-    return _site(sites[name], f"sites.{name}", file.resolve().parent)
+    return _site(sites[name], f"sites.{name}", _base(file))
 
 
 def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
@@ -141,21 +141,24 @@ def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
 def _read(workspace_root: Path) -> tuple[Mapping[str, Any], Path]:
     """The parsed site file and the folder from which its relative paths are taken.
 
-    ``FEDCT_SITE_FILE`` names a file: its own folder. Else ``local/fedct.toml`` of the workspace: the folder that
-    holds the federation's workspace (for the simulator: where the command was typed).
+    The file that ``FEDCT_SITE_FILE`` names; else ``local/fedct.toml`` beside the site's workspace, which the simulated
+    sites share; else ``local/fedct.toml`` in it, where a provisioned site has its own.
     """
     named = os.environ.get(SITE_FILE_VARIABLE)
     if named:
+        remedy = "give an absolute path: NVFlare starts its processes in other folders"
+        require(Path(named).is_absolute(), argument=SITE_FILE_VARIABLE, value=named, remedy=remedy)
         file = Path(named)
-        require(
-            file.is_absolute(),
-            argument=SITE_FILE_VARIABLE,
-            value=named,
-            remedy="give an absolute path: NVFlare starts its processes in other folders",
-        )
-        return _parse(file), file.parent
-    root = workspace_root.resolve()
-    return _parse(root / "local" / SITE_FILE), root.parent.parent
+    else:
+        shared, own = (folder / "local" / SITE_FILE for folder in (workspace_root.resolve().parent, workspace_root))
+        file = shared if shared.is_file() else own
+    return _parse(file), _base(file)
+
+
+def _base(file: Path) -> Path:
+    """The folder that holds the workspace if the file lies in a workspace's ``local/``; else the file's own folder."""
+    folder = file.resolve().parent
+    return folder.parent.parent if folder.name == "local" else folder
 
 
 def _parse(file: Path) -> Mapping[str, Any]:

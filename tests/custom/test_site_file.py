@@ -26,11 +26,12 @@ data = { embedded = { hospital = 1, patients = 5, seed = 2 } }
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site's NVFlare workspace, two folders below where the command was typed."""
+    """A simulated site's workspace, two folders below where the command was typed; the sites share a file."""
     monkeypatch.delenv(SITE_FILE_VARIABLE, raising=False)
     root = tmp_path / "simulator_workspace" / "a"
-    (root / "local").mkdir(parents=True)
-    (root / "local" / "fedct.toml").write_text(TEXT)
+    for folder in (root.parent / "local", root / "local"):  # the simulator copies the shared one to each site
+        folder.mkdir(parents=True)
+        (folder / "fedct.toml").write_text(TEXT)
     return root
 
 
@@ -45,6 +46,20 @@ def test_paths_are_taken_from_the_folder_that_holds_the_workspace(workspace: Pat
     assert other.home == Path("/somewhere/b")
     assert isinstance(other.source, EmbeddedSource)
     assert other.source.patients == 5
+
+
+def test_the_command_line_means_the_same_by_the_simulators_file(workspace: Path) -> None:
+    file = workspace.parent / "local" / "fedct.toml"
+    assert load_site(file, "a") == site_config("a", workspace_root=workspace)
+
+
+def test_a_provisioned_site_has_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SITE_FILE_VARIABLE, raising=False)
+    kit = tmp_path / "kits" / "a"
+    (kit / "local").mkdir(parents=True)
+    (kit / "local" / "fedct.toml").write_text(TEXT)
+    assert site_config("a", workspace_root=kit).home == tmp_path / "kits" / "homes/a"
+    assert load_site(kit / "local" / "fedct.toml", "a") == site_config("a", workspace_root=kit)
 
 
 def test_a_named_file_wins_and_is_its_own_base(
@@ -83,12 +98,12 @@ def test_without_a_site_file_nothing_is_assumed(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(workspace: Path, old: str, new: str, named: str) -> None:
-    (workspace / "local" / "fedct.toml").write_text(TEXT.replace(old, new, 1))
+    (workspace.parent / "local" / "fedct.toml").write_text(TEXT.replace(old, new, 1))
     with pytest.raises(ConfigError, match=named):
         site_config("a", workspace_root=workspace)
 
 
 def test_server_table_is_needed_by_the_server(workspace: Path) -> None:
-    (workspace / "local" / "fedct.toml").write_text(TEXT.replace("[server]", "[sever]"))
+    (workspace.parent / "local" / "fedct.toml").write_text(TEXT.replace("[server]", "[sever]"))
     with pytest.raises(ConfigError, match="server"):
         server_config(workspace_root=workspace)
