@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from custom.model_file import ModelFile
 
 KEPT_CHECKPOINTS = 3
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ def check_receipt(path: Path) -> dict[str, Any]:
 
 def newest_run(runs: Path, experiment: str) -> Path:
     """The folder of the run that was started last; raises ``ConfigError`` if there is none."""
-    folders = [f for f in (runs / experiment).glob("*") if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", f.name)]
+    folders = [f for f in (runs / experiment).glob("*") if RUN_ID.fullmatch(f.name)]
     if not folders:
         raise ConfigError(f"runs = {runs / experiment}: none there; start one: nvflare simulator jobs/{experiment}")
     return max(folders, key=lambda folder: folder.name)

@@ -39,9 +39,9 @@ from custom.diffusion.schedule import build_schedule
 from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics
 from custom.model_file import ModelFile, save_model
 from custom.pictures import grey_levels, sample_grid
-from custom.run_folder import RoundRecord, RunFolder
+from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.site_file import server_config
-from custom.strict import ConfigError
+from custom.strict import ConfigError, require
 
 
 class RoundVoid(Exception):
@@ -52,14 +52,14 @@ class DiffusionFedAvg(FedAvg):
     """FedAvg (arXiv:1602.05629) that checks every reply, survives silent sites and leaves a receipt.
 
     Args:
-        resume_from: folder of an earlier run of the same experiment; its newest checkpoint is carried on. Empty
-            starts afresh.
+        resume_run: name of an earlier run of the same experiment, which is its folder's; its newest checkpoint is
+            carried on. Empty starts afresh.
     """
 
-    def __init__(self, resume_from: str = "") -> None:
+    def __init__(self, resume_run: str = "") -> None:
         # Rounds and sites come from experiment.json; an error reply of one site is no reason to panic.
         super().__init__(persistor_id="", ignore_result_error=True)
-        self._resume_from = resume_from
+        self._resume_run = resume_run
         self._error_codes: dict[str, str] = {}
 
     def run(self) -> None:
@@ -67,8 +67,10 @@ class DiffusionFedAvg(FedAvg):
         experiment = experiment_of(self.fl_ctx)
         server = server_config(workspace_root=workspace_root(self.fl_ctx))
         self._device = use(server.hardware)
-        folder = resumed(Path(self._resume_from), experiment) if self._resume_from else None
-        folder = folder or RunFolder.create(server.runs, experiment)
+        if self._resume_run:
+            folder = resumed(server.runs, self._resume_run, experiment)
+        else:
+            folder = RunFolder.create(server.runs, experiment)
         self.info(f"run folder: {folder.path}")
         try:
             model = self._train(experiment, folder)
@@ -215,20 +217,19 @@ def drawn_sites(sites: list[str], experiment: ExperimentConfig, round_number: in
     return sorted(random.Random(f"{experiment.seed} {round_number}").sample(sorted(sites), count))  # noqa: S311
 
 
-def resumed(path: Path, experiment: ExperimentConfig) -> RunFolder:
-    """The folder of an earlier run, to be carried on.
+def resumed(runs: Path, run_id: str, experiment: ExperimentConfig) -> RunFolder:
+    """The folder of an earlier run, to be carried on. A job names a run, never a path on the server.
 
     Raises:
-        ConfigError: a relative path, no checkpoint, or another experiment.
+        ConfigError: no name of a run, no checkpoint, or another experiment.
     """
-    if not path.is_absolute():
-        raise ConfigError(f"resume_from = {path}: give an absolute path: NVFlare starts its processes in other folders")
-    folder = RunFolder(path)
+    require(RUN_ID.fullmatch(run_id) is not None, argument="resume_run", value=run_id, remedy="give a run's name")
+    folder = RunFolder(runs / experiment.name / run_id)
     last = folder.last_round()
     if last is None:
-        raise ConfigError(f"resume_from = {path}: no checkpoint there; start afresh")
+        raise ConfigError(f"resume_run = {run_id!r}: no checkpoint of it; start afresh")
     if last.experiment != experiment:
-        raise ConfigError(f"resume_from = {path}: another experiment; resume with the job folder that began the run")
+        raise ConfigError(f"resume_run = {run_id!r}: another experiment; resume with the job folder that began the run")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,14 +16,19 @@ PACKAGES = ("medical_data", "privacy", "custom", "poc")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+    base = tmp_path_factory.mktemp("wheel")
+    source = base / "source"  # a build leaves build/ behind, whose old modules would get into the next wheel
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
     # --no-isolation: the build uses the setuptools that is installed, and works without a network.
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, REPOSITORY],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", base, source],
         check=True,
         capture_output=True,
     )
-    (built,) = out.glob("*.whl")
+    (built,) = base.glob("*.whl")
     return built
 
 

@@ -53,13 +53,14 @@ def test_only_a_run_of_this_experiment_is_carried_on(
 ) -> None:
     folder = RunFolder.create(tmp_path, experiment)
     with pytest.raises(ConfigError, match="no checkpoint"):
-        resumed(folder.path, experiment)
+        resumed(tmp_path, folder.run_id, experiment)
     folder.save_round(replace(model, rounds_done=1))
-    assert resumed(folder.path, experiment).path == folder.path
+    assert resumed(tmp_path, folder.run_id, experiment).path == folder.path
     with pytest.raises(ConfigError, match="another experiment"):
-        resumed(folder.path, replace(experiment, seed=99))
-    with pytest.raises(ConfigError, match="absolute"):
-        resumed(Path("runs/x"), experiment)
+        resumed(tmp_path, folder.run_id, replace(experiment, seed=99))
+    for path in ("../small/" + folder.run_id, str(folder.path), ""):
+        with pytest.raises(ConfigError, match="resume_run"):
+            resumed(tmp_path, path, experiment)
 
 
 def test_a_site_refuses_another_configuration_or_schedule(experiment: ExperimentConfig) -> None:

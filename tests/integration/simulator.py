@@ -43,7 +43,7 @@ def write_job(
     sites: list[str],
     *,
     faulty: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
+    resume_run: str = "",
 ) -> Path:
     """The repository's job with another experiment and other sites.
 
@@ -61,8 +61,8 @@ def write_job(
         client["task_result_filters"] = []
     (config / "config_fed_client.json").write_text(json.dumps(client))
     server = json.loads((source / "app/config/config_fed_server.json").read_text())
-    if resume_from is not None:
-        server["workflows"][0]["args"]["resume_from"] = str(resume_from)
+    if resume_run:
+        server["workflows"][0]["args"]["resume_run"] = resume_run
     (config / "config_fed_server.json").write_text(json.dumps(server))
     (config / "experiment.json").write_text(json.dumps(experiment.to_json()))
     return base / "job"
@@ -75,7 +75,7 @@ def simulate(
     *,
     threads: int,
     faulty: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
+    resume_run: str = "",
     timeout: int = 400,
 ) -> Run:
     """Run the job.
@@ -86,12 +86,12 @@ def simulate(
         sites: names, or names with their ``data = …`` line; the embedded cohort by default.
         threads: NVFlare's ``-t``.
         faulty: arguments of :class:`faulty_sites.FaultySite`, which then stands in for the executor.
-        resume_from: run folder to carry on.
+        resume_run: name of a run to carry on.
         timeout: seconds.
     """
     if not isinstance(sites, Mapping):
         sites = {name: EMBEDDED.format(number=number) for number, name in enumerate(sites)}
-    job = write_job(base, experiment, list(sites), faulty=faulty, resume_from=resume_from)
+    job = write_job(base, experiment, list(sites), faulty=faulty, resume_run=resume_run)
     site_file = base / "sites.toml"
     tables = [
         f'[sites.{name}]\nhome = "sites/{name}"\nhardware = {{ threads = 1 }}\n{data}\n' for name, data in sites.items()

@@ -93,7 +93,9 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_model(
     assert not (failed.folder / "model.safetensors").exists()
     assert main(["receipt", str(failed.folder)]) == 2
 
-    resumed = simulate(tmp_path, federation, SITES, threads=3, faulty={"error_round": 99}, resume_from=failed.folder)
+    resumed = simulate(
+        tmp_path, federation, SITES, threads=3, faulty={"error_round": 99}, resume_run=failed.folder.name
+    )
     assert resumed.folder == failed.folder
     assert check_receipt(resumed.folder)["rounds_done"] == 2
     assert [record["round_number"] for record in resumed_records(resumed)] == [0, 1]
