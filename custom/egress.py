@@ -19,6 +19,8 @@ from custom.diffusion.networks import Shapes
 WEIGHT = "weight"
 METRICS = "metrics"
 
+MOST_PATIENTS = 1_000_000  # no site has more; a larger weight would drown or overflow the others' sum
+
 UPDATE_METRICS = frozenset({"train_loss", "held_out_loss", "seconds"})
 EVALUATION_METRICS = frozenset(
     {"held_out_loss", "effnet_kid", "effnet_kid_untrained", "effnet_kid_baseline", "seconds"}
@@ -50,9 +52,12 @@ def check_update(
     if config.federation.weighting == "uniform":
         if weight != 1.0:
             raise EgressRefused("weight: federation.weighting is uniform; only 1.0 may leave")
-    elif type(weight) is not float or not (weight >= 1 and weight.is_integer()):
-        raise EgressRefused("weight: must be a whole number of training patients, as a float")
-    check_metrics(meta.get(METRICS), allowed=UPDATE_METRICS)
+    elif type(weight) is not float or not (1 <= weight <= MOST_PATIENTS and weight.is_integer()):
+        raise EgressRefused(f"weight: must be a whole number of training patients up to {MOST_PATIENTS}, as a float")
+    metrics: Any = meta.get(METRICS)
+    check_metrics(metrics, allowed=UPDATE_METRICS)
+    if set(metrics) != UPDATE_METRICS:
+        raise EgressRefused(f"metrics: must be all of {sorted(UPDATE_METRICS)}")
 
 
 def check_arrays(arrays: Mapping[str, Any], *, shapes: Shapes, max_norm: float) -> None:

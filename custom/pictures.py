@@ -6,12 +6,14 @@ lower and 1 the upper end of the window in HU.
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from custom.atomic import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,13 +128,9 @@ def write_png(image: Image, file: Path, *, text: dict[str, str]) -> None:
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_text(key, value)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        image.save(part, format="PNG", pnginfo=chunks)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=chunks)
+    write_atomically(file, content.getvalue())
 
 
 def _write(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
-from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.fedavg import FedAvg
 from torch import Tensor
 
@@ -123,7 +123,9 @@ class DiffusionFedAvg(FedAvg):
 
         def receive(reply: FLModel) -> bool:
             site, meta = reply.meta["client_name"], _sent_meta(reply)
-            added = average.add(site, reply.params, meta)
+            # Full weights would pass for a difference otherwise: names and shapes are the same.
+            difference = reply.params if reply.params_type == ParamsType.DIFF else None
+            added = average.add(site, difference, meta)
             if not added:
                 self.info(f"refused the reply of {site}: {average.refused[site]}")
             return added

@@ -22,7 +22,7 @@ def update(shapes: Shapes, seed: int) -> dict[str, Any]:
 
 
 def meta(weight: float) -> dict[str, Any]:
-    return {"weight": weight, "metrics": {"train_loss": 1.0}}
+    return {"weight": weight, "metrics": {"train_loss": 1.0, "held_out_loss": 1.0, "seconds": 1.0}}
 
 
 def test_mean_is_weighted_and_free_of_the_order_of_arrival(shapes: Shapes, experiment: ExperimentConfig) -> None:

@@ -7,7 +7,7 @@ import signal
 import time
 
 import numpy as np
-from nvflare.apis.dxo import from_shareable
+from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
@@ -50,6 +50,10 @@ class FaultySite(DiffusionTrainer):
             arrays[name] = arrays[name][..., :1].copy()
         elif fault == "extra":
             arrays["patients"] = np.zeros(3, np.float32)
+        elif fault == "full":
+            reply["DXO"]["kind"] = DataKind.WEIGHTS
+        elif fault == "mute":
+            from_shareable(reply).meta[MetaKey.INITIAL_METRICS].clear()
         elif fault == "huge":
             arrays[name] = arrays[name] + np.float32(1e6)
         return reply

@@ -103,12 +103,19 @@ def test_an_interrupted_run_says_so_and_resumes_to_the_same_model(
 
 
 def test_bad_silent_and_killed_sites_do_not_stop_the_others(experiment: ExperimentConfig, tmp_path: Path) -> None:
-    faults = {"nan": "NaN", "shape": "shape", "extra": "beyond the list", "huge": "norm"}
+    faults = {
+        "nan": "NaN",
+        "shape": "shape",
+        "extra": "beyond the list",
+        "huge": "norm",
+        "full": "no weight difference",
+        "mute": "metrics",
+    }
     sites = ["good-1", "good-2", *faults, "silent", "killed"]
     patient = replace(
         experiment,
         name="faults",
-        federation=replace(experiment.federation, rounds=1, min_responses=2, round_timeout_s=60),
+        federation=replace(experiment.federation, rounds=1, min_responses=2, round_timeout_s=90),
     )
     run = simulate(tmp_path, patient, sites, threads=len(sites), faulty={})
     receipt = check_receipt(run.folder)
