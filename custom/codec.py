@@ -20,6 +20,7 @@ from custom.config import EXPERIMENT_FILE, ExperimentConfig
 from custom.egress import METRICS, WEIGHT
 from custom.strict import build
 
+TASK_RELEASE = "release"  # mean images before training, under differential privacy
 TASK_TRAIN = "train"
 TASK_EVALUATE = "evaluate"
 
@@ -66,7 +67,7 @@ def read_task(shareable: Shareable) -> tuple[Arrays, TaskHeader]:
 
 
 def update_reply(difference: Mapping[str, Tensor], *, weight: float, metrics: Mapping[str, float]) -> Shareable:
-    """A site's answer to ``train``: float32 arrays, the aggregation weight and metrics."""
+    """A site's answer to ``train`` or ``release``: float32 arrays, the aggregation weight and metrics."""
     arrays = {name: tensor.numpy() for name, tensor in difference.items()}
     reply: Shareable = DXO(
         DataKind.WEIGHT_DIFF, data=arrays, meta={WEIGHT: weight, MetaKey.INITIAL_METRICS: dict(metrics)}

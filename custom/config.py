@@ -13,13 +13,16 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from custom.strict import ConfigError, build, require
 from medical_data.preprocess import PreprocessConfig
+from privacy.plan import AdaptiveClipping, DPConfig, DPPlan, calibrate
 
 EXPERIMENT_FILE = "experiment.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +118,21 @@ class TrainingConfig:
 
     Attributes:
         steps_per_round: gradient steps a site makes in a round.
-        batch_size: images per step; patients are drawn uniformly, then one of the patient's images.
+        batch_size: images per step; patients are drawn uniformly, then one of the patient's images. With differential
+            privacy there is none: the sampling rate decides.
         learning_rate: peak of the cosine schedule over the whole run (all rounds).
         warmup_steps: steps of linear warm-up at the start of the run.
         weight_decay: AdamW's.
-        gradient_clip: bound on the L2 norm of a step's gradient.
+        gradient_clip: bound on the L2 norm of a step's gradient, or None. With differential privacy there is none:
+            each patient's gradient is clipped.
     """
 
     steps_per_round: int
-    batch_size: int = 16
+    batch_size: int | None = None
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
-    gradient_clip: float = 1.0
+    gradient_clip: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -137,7 +142,7 @@ class TrainingConfig:
             remedy="give at least 1",
         )
         require(
-            self.batch_size >= 1,
+            self.batch_size is None or self.batch_size >= 1,
             argument="training.batch_size",
             value=self.batch_size,
             remedy="give at least 1",
@@ -161,11 +166,70 @@ class TrainingConfig:
             remedy="give ≥ 0",
         )
         require(
-            self.gradient_clip > 0,
+            self.gradient_clip is None or self.gradient_clip > 0,
             argument="training.gradient_clip",
             value=self.gradient_clip,
             remedy="give a positive norm",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanImagesConfig:
+    """Mean images of the patients, released with noise before training; the server warms the network up on them.
+
+    After DP-FETA (arXiv:2504.01395). They are charged like any other release.
+
+    Attributes:
+        slabs: each patient's images are cut into so many parts of equal length, from the feet to the head, with a mean
+            image each.
+        clip_norm: bound on the L2 norm of all slab means of a patient together, air being 0 and the window's top 2.
+        noise_multiplier: σ of the release.
+        warm_up_steps: of the network on the released images, at the server.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    slabs: int = 1
+    warm_up_steps: int = 300
+
+    def __post_init__(self) -> None:
+        for name, value, valid in (
+            ("clip_norm", self.clip_norm, self.clip_norm > 0),
+            ("noise_multiplier", self.noise_multiplier, self.noise_multiplier > 0),
+            ("slabs", self.slabs, self.slabs >= 1),
+            ("warm_up_steps", self.warm_up_steps, self.warm_up_steps >= 1),
+        ):
+            require(valid, argument=f"privacy.mean_images.{name}", value=value, remedy="give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Patient-level DP-SGD at every site. Exactly one of ``target_epsilon`` and ``noise_multiplier`` is given.
+
+    Attributes:
+        patients: N as it is made known, the same for all sites: sums over patients are divided by it, so that no
+            site's own count leaves. A site with more patients weighs more.
+        delta, clip_norm, sampling_rate, draws_per_patient, target_epsilon, noise_multiplier, adaptive_clipping: as in
+            :class:`privacy.plan.DPConfig`.
+        mean_images: a release before training, inside the same budget; None for none.
+        trained: patterns (``fnmatch``) of the names of the parameters that are trained, such as ``*attn*`` or
+            ``out.*``; all others keep the weights they start with.
+    """
+
+    patients: int
+    delta: float
+    clip_norm: float
+    sampling_rate: float
+    draws_per_patient: int = 1
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    adaptive_clipping: AdaptiveClipping | None = None
+    mean_images: MeanImagesConfig | None = None
+    trained: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        require(self.patients >= 1, argument="privacy.patients", value=self.patients, remedy="give at least 1")
+        require(len(self.trained) > 0, argument="privacy.trained", value=self.trained, remedy="give a pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +331,11 @@ class ExperimentConfig:
 
     Attributes:
         name: of the experiment; runs and site state lie under it.
-        seed: of initial weights, client sampling, every site's local rounds and the samples.
+        seed: of initial weights, client sampling, every site's local rounds without differential privacy, and the
+            samples. The noise of differential privacy has no seed.
+        privacy: patient-level differential privacy, or None.
+        start_from: name of a model in the server's folder of models (see :class:`custom.site_file.ServerConfig`) whose
+            weights the run starts with, such as one that was trained on public data; None for fresh weights.
     """
 
     name: str
@@ -276,12 +344,14 @@ class ExperimentConfig:
     network: NetworkConfig
     training: TrainingConfig
     federation: FederationConfig
+    privacy: PrivacyConfig | None = None
+    start_from: str | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         require(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}", self.name) is not None,
+            NAME.fullmatch(self.name) is not None,
             argument="name",
             value=self.name,
             remedy="give letters, digits, '_' and '-' only: folders are named after it",
@@ -294,11 +364,36 @@ class ExperimentConfig:
             value=self.preprocess.size,
             remedy=f"give a multiple of {shrink}: the network halves the image {len(self.network.channels) - 1}×",
         )
+        named = self.start_from is None or NAME.fullmatch(self.start_from) is not None
+        require(named, argument="start_from", value=self.start_from, remedy="give the name of a model, not a path")
+        if self.privacy is None:
+            remedy = "missing; give it"
+            require(self.training.batch_size is not None, argument="training.batch_size", value=None, remedy=remedy)
+        else:
+            _require_private(self)
         require(
             self.sampling.steps <= self.schedule.timesteps,
             argument="sampling.steps",
             value=self.sampling.steps,
             remedy=f"give at most schedule.timesteps = {self.schedule.timesteps}",
+        )
+
+    def dp_config(self) -> DPConfig | None:
+        """What is wanted of differential privacy, for :func:`privacy.plan.calibrate`; None if nothing is."""
+        asked = self.privacy
+        if asked is None:
+            return None
+        return DPConfig(
+            delta=asked.delta,
+            clip_norm=asked.clip_norm,
+            sampling_rate=asked.sampling_rate,
+            steps_per_round=self.training.steps_per_round,
+            rounds=self.federation.rounds,
+            draws_per_patient=asked.draws_per_patient,
+            target_epsilon=asked.target_epsilon,
+            noise_multiplier=asked.noise_multiplier,
+            adaptive_clipping=asked.adaptive_clipping,
+            release_noise_multiplier=None if asked.mean_images is None else asked.mean_images.noise_multiplier,
         )
 
     @property
@@ -347,3 +442,29 @@ class ExperimentConfig:
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"{file.name} = {type(error).__name__}: give the job a readable JSON file") from error
         return cls.from_json(values)
+
+
+def _require_private(experiment: ExperimentConfig) -> None:
+    """What a job with differential privacy must not ask for, because it would leak or mean nothing."""
+    training, federation = experiment.training, experiment.federation
+    for name, value in (("batch_size", training.batch_size), ("gradient_clip", training.gradient_clip)):
+        remedy = "leave it out: with differential privacy the privacy block decides"
+        require(value is None, argument=f"training.{name}", value=value, remedy=remedy)
+    remedy = 'give "uniform": a patient count would leave the site otherwise'
+    require(
+        federation.weighting == "uniform", argument="federation.weighting", value=federation.weighting, remedy=remedy
+    )
+    experiment.dp_config()  # refuses impossible values
+
+
+@lru_cache(maxsize=8)
+def privacy_plan(experiment: ExperimentConfig) -> DPPlan | None:
+    """The calibrated plan that sites, server and ``fedct plan`` derive from the same experiment; None without privacy.
+
+    Raises:
+        InvalidPlan: δ ≥ 1/patients, or a target that no noise can keep.
+    """
+    wanted = experiment.dp_config()
+    if wanted is None or experiment.privacy is None:
+        return None
+    return calibrate(wanted, patients=experiment.privacy.patients)

@@ -1,5 +1,8 @@
 """The complete list of what may leave a site, and the refusal of everything else.
 
+Under differential privacy nothing may leave but what was noised and charged: the weight difference and, if the job asks
+for them, the mean images before training; beside them a weight of 1 and no metric.
+
 Knows nothing of NVFlare: :class:`custom.filters.egress_gate.EgressGate` and the executor apply it to every reply.
 """
 
@@ -15,9 +18,15 @@ from numpy.typing import NDArray
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
+from privacy.policy import RULES
 
 WEIGHT = "weight"
 METRICS = "metrics"
+MEAN_IMAGES = "mean_images"  # the one array of the release before training
+
+# Beside NVFlare's own codes, what a site says when it refuses for privacy's sake: no more than which rule.
+BUDGET_SPENT = "PRIVACY_BUDGET_SPENT"
+POLICY_CODES = {rule: f"SITE_POLICY_{rule.upper().replace('.', '_')}" for rule in RULES}
 
 MOST_PATIENTS = 1_000_000  # no site has more; a larger weight would drown or overflow the others' sum
 
@@ -27,6 +36,29 @@ EVALUATION_METRICS = frozenset(
 )
 
 
+def update_metrics(config: ExperimentConfig) -> frozenset[str]:
+    """Names of the metrics that must stand beside every update."""
+    return UPDATE_METRICS if config.privacy is None else frozenset()
+
+
+def evaluation_metrics(config: ExperimentConfig) -> frozenset[str]:
+    """Names of the metrics that may answer an evaluation."""
+    return EVALUATION_METRICS if config.privacy is None else frozenset()
+
+
+def statistics_that_leave(config: ExperimentConfig) -> frozenset[str]:
+    """Everything that the job would send about a site's patients without noise; the site's policy must allow each."""
+    counted = {WEIGHT} if config.federation.weighting == "patients" else set()
+    return update_metrics(config) | evaluation_metrics(config) | counted
+
+
+def mean_image_shapes(config: ExperimentConfig) -> Shapes | None:
+    """Name and shape of the release before training; None if the job asks for none."""
+    if config.privacy is None or config.privacy.mean_images is None:
+        return None
+    return {MEAN_IMAGES: (config.privacy.mean_images.slabs, *config.image_shape)}
+
+
 class EgressRefused(Exception):
     """Something that is not on the list was about to leave; names what and why, never a value from a patient."""
 
@@ -34,12 +66,13 @@ class EgressRefused(Exception):
 def check_update(
     arrays: Mapping[str, Any], meta: Mapping[str, Any], *, shapes: Shapes, config: ExperimentConfig
 ) -> None:
-    """Let a weight difference pass, or raise.
+    """Let a weight difference, or the mean images before training, pass, or raise.
 
     Args:
         arrays: what stands under the names of the model's tensors.
         meta: what is said beside them: ``weight`` and ``metrics``, nothing else.
-        shapes: names and shapes of the model's tensors (:func:`custom.diffusion.networks.parameter_shapes`).
+        shapes: names and shapes of the model's tensors (:func:`custom.diffusion.networks.parameter_shapes`), or
+            :func:`mean_image_shapes`.
         config: the experiment; its ``max_update_norm`` bounds the L2 norm.
 
     Raises:
@@ -55,9 +88,10 @@ def check_update(
     elif type(weight) is not float or not (1 <= weight <= MOST_PATIENTS and weight.is_integer()):
         raise EgressRefused(f"weight: must be a whole number of training patients up to {MOST_PATIENTS}, as a float")
     metrics: Any = meta.get(METRICS)
-    check_metrics(metrics, allowed=UPDATE_METRICS)
-    if set(metrics) != UPDATE_METRICS:
-        raise EgressRefused(f"metrics: must be all of {sorted(UPDATE_METRICS)}")
+    wanted = update_metrics(config)
+    check_metrics(metrics, allowed=wanted)
+    if set(metrics) != wanted:
+        raise EgressRefused(f"metrics: must be all of {sorted(wanted)}")
 
 
 def check_arrays(arrays: Mapping[str, Any], *, shapes: Shapes, max_norm: float) -> None:

@@ -5,6 +5,7 @@
     tensorboard/        the metrics again, for TensorBoard
     checkpoints/        after each round, the newest three
     samples/            a grid of samples every few rounds
+    mean_images.png     what the sites released before training, if they did (noisy)
     model.safetensors   the finished model    \\
     samples.png         its samples            | only if the run was completed
     metrics.json        its figures            |
@@ -111,10 +112,15 @@ class RunFolder:
         by_round = {record["round_number"]: record for record in map(json.loads, lines)}
         return [by_round[number] for number in sorted(by_round)]
 
-    def complete(self, metrics: dict[str, Any]) -> None:
-        """Write ``metrics.json`` and then the receipt, which vouches for the model file by its hash."""
+    def complete(self, metrics: dict[str, Any], *, ended_early: str | None = None) -> None:
+        """Write ``metrics.json`` and then the receipt, which vouches for the model file by its hash.
+
+        Args:
+            metrics: mean over sites, and by site.
+            ended_early: why there were fewer rounds than asked for, such as a privacy budget that was spent.
+        """
         self._write_json("metrics.json", metrics)
-        self._receipt("completed", None)
+        self._receipt("completed", ended_early)
 
     def fail(self, reason: str) -> None:
         """Write a receipt that says so."""

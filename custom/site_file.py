@@ -1,4 +1,4 @@
-"""What a site, and only the site, decides: where its data lies, its limits, its hardware.
+"""What a site, and only the site, decides: where its data lies, its privacy policy, its limits, its hardware.
 
 A TOML file with a table per site (a provisioned site has just its own) and, for whoever runs the server, a ``server``
 table. A job can neither read nor change it.
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from custom.strict import ConfigError, build, require
 from medical_data.cohort import DataLimits, EmbeddedSource, FolderSource
+from privacy.policy import PrivacyPolicy
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,12 +33,17 @@ class HardwareConfig:
     Attributes:
         device: ``auto`` takes CUDA where there is one.
         threads: CPU threads of PyTorch; 0 leaves the choice to PyTorch.
+        patients_in_memory: with differential privacy, patients whose gradients are held at once: each costs as much
+            memory as the model. It changes no result.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
+    patients_in_memory: int = 32
 
     def __post_init__(self) -> None:
+        patients = self.patients_in_memory
+        require(patients >= 1, argument="hardware.patients_in_memory", value=patients, remedy="give at least 1")
         require(self.threads >= 0, argument="hardware.threads", value=self.threads, remedy="give 0 or more")
 
 
@@ -46,14 +52,16 @@ class SiteConfig:
     """One hospital's own settings.
 
     Attributes:
-        home: the site's own folder: secret, caches, state, pictures. Never inside a folder that NVFlare wipes.
+        home: the site's own folder: secret, caches, state, pictures, ledger. Never inside a folder that NVFlare wipes.
         source: a folder of scans, or the embedded cohort.
+        policy: what the site demands before a job may train on its patients.
         limits: what the site demands of its cohort.
         hardware: what it trains on.
     """
 
     home: Path
     source: FolderSource | EmbeddedSource
+    policy: PrivacyPolicy
     limits: DataLimits = field(default_factory=DataLimits)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
@@ -64,10 +72,12 @@ class ServerConfig:
 
     Attributes:
         runs: folder in which every run leaves model, pictures, metrics and receipt.
+        models: folder with ``<name>.safetensors`` of models that a job may start from (``fedct pretrain``).
         hardware: what it draws samples on.
     """
 
     runs: Path
+    models: Path = Path("models")
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
@@ -97,7 +107,7 @@ def server_config(*, workspace_root: Path) -> ServerConfig:
     tables, base = _read(workspace_root)
     require("server" in tables, argument="server", value=None, remedy="add a table [server] to the site file")
     server = build(ServerConfig, tables["server"], "server")
-    return replace(server, runs=base / server.runs)
+    return replace(server, runs=base / server.runs, models=base / server.models)
 
 
 def load_site(file: Path, name: str) -> SiteConfig:
@@ -108,15 +118,17 @@ def load_site(file: Path, name: str) -> SiteConfig:
 
 
 def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
-    known = {"home", "data", "limits", "hardware"}
+    known = {"home", "data", "policy", "limits", "hardware"}
     require(
         set(table) <= known,
         argument=name,
         value=sorted(set(table) - known),
         remedy=f"known are {sorted(known)}",
     )
-    for key in ("home", "data"):
-        require(key in table, argument=f"{name}.{key}", value=None, remedy="missing; give it")
+    for key in ("home", "data", "policy"):
+        require(
+            key in table, argument=f"{name}.{key}", value=None, remedy="missing; give it (README, 'Your own scans')"
+        )
     data = table["data"]
     source: FolderSource | EmbeddedSource
     if "embedded" in data:
@@ -133,6 +145,7 @@ def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
     return SiteConfig(
         home=base / table["home"],
         source=source,
+        policy=build(PrivacyPolicy, table["policy"], f"{name}.policy"),
         limits=build(DataLimits, table.get("limits", {}), f"{name}.limits"),
         hardware=build(HardwareConfig, table.get("hardware", {}), f"{name}.hardware"),
     )

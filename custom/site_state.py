@@ -12,6 +12,7 @@ from torch import Tensor
 from custom.atomic import write_atomically
 
 KEPT_ROUNDS = 2
+STATE, PRIVATE_STATE = "state", "private_state"  # folders in the site's home
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class SiteState:
     one before, and so does a round that the server asks for twice.
 
     Attributes:
-        folder: ``<home>/state/<experiment>/<run>``.
+        folder: ``<home>/state/<experiment>/<run>``, or in ``private_state`` with differential privacy.
     """
 
     folder: Path
 
     @classmethod
-    def of_run(cls, home: Path, experiment: str, run_id: str) -> SiteState:
+    def of_run(cls, home: Path, experiment: str, run_id: str, *, private: bool) -> SiteState:
         """The state of a run, by names that came over the wire.
 
         Raises:
@@ -37,7 +38,7 @@ class SiteState:
         for argument, value in (("experiment", experiment), ("run_id", run_id)):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}", value):
                 raise ValueError(f"{argument} = {value!r}: give letters, digits, '_' and '-' only")
-        return cls(home / "state" / experiment / run_id)
+        return cls(home / (PRIVATE_STATE if private else STATE) / experiment / run_id)
 
     def before(self, round_number: int) -> dict[str, Tensor]:
         """Tensors at the end of the newest earlier round this site took part in; empty if there is none."""

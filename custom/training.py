@@ -83,11 +83,12 @@ def train_round(
 
     network.train()
     training = config.training
+    assert training.batch_size is not None  # noqa: S101 - only a job with differential privacy has none
     parameters = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
-    _restore(optimizer, parameters, optimizer_state)
+    restore_optimizer(optimizer, parameters, optimizer_state)
     generator = torch.Generator().manual_seed(_derived_seed(config.seed, site, round_number))
     draw = _PatientSampler(cohort, generator)
     total = torch.zeros((), device=device)
@@ -102,7 +103,8 @@ def train_round(
             loss = denoising_loss(network, schedule, x0, noise, timesteps).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters.values(), training.gradient_clip)
+        if training.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(parameters.values(), training.gradient_clip)
         optimizer.step()
         total += loss.detach()
         if progress is not None:
@@ -112,7 +114,7 @@ def train_round(
         raise TrainingDiverged(f"train_loss = {train_loss}: lower training.learning_rate or training.gradient_clip")
     return LocalUpdate(
         difference={name: tensor.detach().cpu() - weights[name] for name, tensor in network.state_dict().items()},
-        optimizer=_stored(optimizer, parameters),
+        optimizer=stored_optimizer(optimizer, parameters),
         metrics={"train_loss": train_loss, "held_out_loss": held_out, "seconds": time.monotonic() - start},
     )
 
@@ -173,7 +175,8 @@ def _derived_seed(seed: int, site: str, round_number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _stored(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def stored_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Moments and step counts as ``<parameter>/<moment>``, on the CPU."""
     return {
         f"{name}/{key}": value.detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -181,9 +184,10 @@ def _stored(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
     }
 
 
-def _restore(
+def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor]
 ) -> None:
+    """Put back what :func:`stored_optimizer` gave."""
     for key, value in stored.items():
         name, _, moment = key.rpartition("/")
         parameter = parameters[name]

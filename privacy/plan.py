@@ -37,6 +37,14 @@ EPSILON_TOLERANCE = 1e-3
 _SMALL_DELTAS = (1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.17, 0.23, 0.3)
 CURVE_DELTAS = (*_SMALL_DELTAS, 0.38, 0.46, 0.54, 0.62, 0.7, 0.78, 0.86, 0.93)
 
+# Name of the release before training in a ledger; those of the rounds: `round_release`.
+RELEASE_BEFORE_TRAINING = "before-training"
+
+
+def round_release(round_number: int) -> str:
+    """Name of a round's release in a ledger; rounds count from 0."""
+    return f"round-{round_number:04d}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveClipping:
@@ -254,6 +262,13 @@ class DPPlan:
         """What the release before training is charged, if there is one."""
         sigma = self.config.release_noise_multiplier
         return None if sigma is None else GaussianRelease(noise_multiplier=sigma)
+
+    def releases(self) -> dict[str, MechanismEvent]:
+        """Every release of the plan by its name, in order: what a site's ledger sets aside before training."""
+        rounds: dict[str, MechanismEvent] = {
+            round_release(number): self.round_event for number in range(self.config.rounds)
+        }
+        return rounds if self.release_event is None else {RELEASE_BEFORE_TRAINING: self.release_event, **rounds}
 
     def events(self, rounds: int) -> tuple[MechanismEvent, ...]:
         """What has happened after so many rounds.

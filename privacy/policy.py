@@ -12,6 +12,19 @@ from dataclasses import dataclass
 from privacy.errors import PrivacyError, require, require_count, require_number
 from privacy.plan import DPPlan
 
+# Every rule that can refuse a job, as PolicyRefused.rule names it.
+RULES = (
+    "required",
+    "budgets.per_job.epsilon",
+    "budgets.per_job.delta",
+    "budgets.total.delta",
+    "min_patients",
+    "max_rounds",
+    "min_noise_multiplier",
+    "max_clip_norm",
+    "may_leave",
+)
+
 
 class PolicyRefused(PrivacyError):
     """A job asks for less privacy than the site demands.
@@ -126,6 +139,9 @@ class PrivacyPolicy:
             PolicyRefused: naming the rule, the job's value, the site's limit and the remedy. What earlier jobs spent
                 is the ledger's to know: see :meth:`privacy.ledger.Ledger.reserve`.
         """
+        private = plan is not None or not self.required
+        remedy = "give the job its block for differential privacy"
+        _demand(private, "required", "no differential privacy", "differential privacy is required", remedy)
         _at_least("min_patients", patients, self.min_patients, "add patients")
         if self.max_rounds is not None:
             _at_most("max_rounds", rounds, self.max_rounds, "ask for fewer rounds")
@@ -133,11 +149,6 @@ class PrivacyPolicy:
         _demand(not extra, "may_leave", extra, f"only {sorted(self.may_leave)}", "turn the others off in the job")
         if plan is not None:
             self._check_plan(plan, patients)
-        else:
-            remedy = "give the job its block for differential privacy"
-            _demand(
-                not self.required, "required", "no differential privacy", "differential privacy is required", remedy
-            )
 
     def _check_plan(self, plan: DPPlan, patients: int) -> None:
         config, per_job, total = plan.config, self.budgets.per_job, self.budgets.total

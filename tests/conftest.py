@@ -33,7 +33,7 @@ def experiment() -> ExperimentConfig:
         seed=3,
         preprocess=PreprocessConfig(size=16, images_per_patient=4),
         network=NetworkConfig(channels=(8, 16), attention=(False, True), norm_groups=4, head_channels=8),
-        training=TrainingConfig(steps_per_round=3, batch_size=4, warmup_steps=0),
+        training=TrainingConfig(steps_per_round=3, batch_size=4, warmup_steps=0, gradient_clip=1.0),
         federation=FederationConfig(rounds=2, round_timeout_s=120),
         sampling=SamplingConfig(steps=4, grid_images=4, evaluation_images=24),
     )

@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     receipt = check_receipt(folder)
     mean = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mean"]
     print(f"completed: {receipt['rounds_done']} of {receipt['rounds_asked']} rounds")
+    if receipt["reason"] is not None:
+        print(f"  ended early: {receipt['reason']}")
     for what in ("refused", "silent"):
         if receipt[what]:
             print(f"  {what}, by round: {receipt[what]}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
@@ -20,8 +22,10 @@ from custom.aggregators.in_time_average import InTimeAverage
 from custom.codec import (
     SAMPLES,
     TASK_EVALUATE,
+    TASK_RELEASE,
     TASK_TRAIN,
     UNTRAINED_SAMPLES,
+    Arrays,
     TaskHeader,
     experiment_of,
     reply_meta,
@@ -30,22 +34,27 @@ from custom.codec import (
     to_torch,
     workspace_root,
 )
-from custom.config import ExperimentConfig
+from custom.config import ExperimentConfig, privacy_plan
 from custom.device import use
 from custom.diffusion.ema import updated_ema
-from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.networks import Shapes, build_network, parameter_shapes
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
-from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics
-from custom.model_file import ModelFile, save_model
+from custom.egress import BUDGET_SPENT, MEAN_IMAGES, EgressRefused, check_metrics, evaluation_metrics, mean_image_shapes
+from custom.model_file import ModelFile, load_model, save_model
 from custom.pictures import grey_levels, sample_grid
+from custom.private_training import warmed_up
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
-from custom.site_file import server_config
+from custom.site_file import ServerConfig, server_config
 from custom.strict import ConfigError, require
 
 
 class RoundVoid(Exception):
     """Fewer sites than ``federation.min_responses`` gave an acceptable update in time."""
+
+
+class BudgetSpent(RoundVoid):
+    """The same, and a site's privacy budget is a reason: to ask again would change nothing."""
 
 
 class DiffusionFedAvg(FedAvg):
@@ -73,23 +82,54 @@ class DiffusionFedAvg(FedAvg):
             folder = RunFolder.create(server.runs, experiment)
         self.info(f"run folder: {folder.path}")
         try:
-            model = self._train(experiment, folder)
+            plan = privacy_plan(experiment)
+            if plan is not None:
+                self.info(plan.describe())
+            start = folder.last_round() or self._prepared(experiment, folder, server)
+            model, ended_early = self._train(experiment, folder, start)
             metrics = self._finish(experiment, folder, model)
             if self.abort_signal.triggered:
                 raise RoundVoid("the job was aborted")
-            folder.complete(metrics)
+            folder.complete(metrics, ended_early=ended_early)
         except Exception as error:
             folder.fail(f"{type(error).__name__}: {error}")
             raise
         self.info(f"completed: {folder.path / 'receipt.json'}")
 
-    def _train(self, experiment: ExperimentConfig, folder: RunFolder) -> ModelFile:
-        model = folder.last_round() or _initial_model(experiment)
+    def _prepared(self, experiment: ExperimentConfig, folder: RunFolder, server: ServerConfig) -> ModelFile:
+        """The model before the first round: fresh or given weights, warmed up on the sites' noisy mean images."""
+        model = _initial_model(experiment)
+        if experiment.start_from is not None:
+            weights = start_weights(server.models, experiment)
+            model = replace(model, weights=weights, ema=weights)
+        shapes = mean_image_shapes(experiment)
+        if shapes is None:
+            return model
+        sites = sorted(client.name for client in self.engine.get_clients())
+        self.info(f"mean images before training: asking {', '.join(sites)}")
+        average = self._ask(TASK_RELEASE, {}, _header(experiment, folder, 0), sites, shapes, experiment)
+        images = torch.from_numpy(average.mean()[MEAN_IMAGES])
+        _grid((images - 1).clamp(-1, 1).numpy(), folder.path / "mean_images.png", experiment, "noisy mean images")
+        weights = warmed_up(model.weights, images, experiment, self._device)
+        model = replace(model, weights=weights, ema=weights)
+        folder.save_round(model)  # a resumed run does not ask, and charge, the sites again
+        return model
+
+    def _train(self, experiment: ExperimentConfig, folder: RunFolder, model: ModelFile) -> tuple[ModelFile, str | None]:
+        """All rounds, or as many as the sites' privacy budgets allow; then also why there are no more."""
+        shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
             asked = drawn_sites([client.name for client in self.engine.get_clients()], experiment, round_number)
             self.info(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
-            average = self._ask(experiment, folder, model, round_number, asked)
+            header = _header(experiment, folder, round_number)
+            try:
+                average = self._ask(TASK_TRAIN, to_numpy(model.weights), header, asked, shapes, experiment)
+            except BudgetSpent as error:
+                if round_number == 0:
+                    raise
+                self.info(f"ending with the model of {round_number} rounds: {error}")
+                return model, str(error)
             model = next_model(model, average.mean())
             record = RoundRecord(
                 round_number=round_number,
@@ -105,20 +145,24 @@ class DiffusionFedAvg(FedAvg):
             every = experiment.sampling.grid_every
             if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:
                 images = self._sample(experiment, model, experiment.sampling.grid_images)
-                _grid(
-                    images, folder.path / "samples" / f"round_{round_number + 1:04d}.png", experiment, round_number + 1
-                )
-        return model
+                file = folder.path / "samples" / f"round_{round_number + 1:04d}.png"
+                _grid(images, file, experiment, _after(round_number + 1))
+        return model, None
 
     def _ask(
-        self, experiment: ExperimentConfig, folder: RunFolder, model: ModelFile, round_number: int, asked: list[str]
+        self,
+        task: str,
+        arrays: Arrays,
+        header: TaskHeader,
+        asked: list[str],
+        shapes: Shapes,
+        experiment: ExperimentConfig,
     ) -> InTimeAverage:
-        """Send the global weights and average the replies as they come in.
+        """Send a task and average the replies, which have the given shapes, as they come in.
 
         Raises:
             RoundVoid: too few acceptable ones until all have answered or the time is up.
         """
-        shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
         average = InTimeAverage(shapes, experiment)
 
         def receive(reply: FLModel) -> bool:
@@ -130,14 +174,15 @@ class DiffusionFedAvg(FedAvg):
                 self.info(f"refused the reply of {site}: {average.refused[site]}")
             return added
 
-        header = _header(experiment, folder, round_number)
-        self._send(TASK_TRAIN, task_model(to_numpy(model.weights), header), asked, experiment, receive)
+        self._send(task, task_model(arrays, header), asked, experiment, receive)
         for site, code in self._error_codes.items():
             average.refused.setdefault(site, f"answered {code}")
         if len(average.accepted) < experiment.federation.min_responses:
-            raise RoundVoid(
-                f"round {round_number + 1}: {len(average.accepted)} acceptable updates, federation.min_responses = "
-                f"{experiment.federation.min_responses}; refused: {average.refused or 'none'}; see those sites' logs"
+            spent = BUDGET_SPENT in self._error_codes.values()
+            raise (BudgetSpent if spent else RoundVoid)(
+                f"{task} in round {header.round_number + 1}: {len(average.accepted)} acceptable updates, "
+                f"federation.min_responses = {experiment.federation.min_responses}; "
+                f"refused: {average.refused or 'none'}; see those sites' logs"
             )
         return average
 
@@ -170,7 +215,8 @@ class DiffusionFedAvg(FedAvg):
         count = experiment.sampling.evaluation_images
         self.info(f"drawing {count} samples from the model, and as many from the untrained network")
         images = self._sample(experiment, model, count)
-        _grid(images[: experiment.sampling.grid_images], folder.path / "samples.png", experiment, model.rounds_done)
+        first = images[: experiment.sampling.grid_images]
+        _grid(first, folder.path / "samples.png", experiment, _after(model.rounds_done))
         untrained = self._sample(experiment, _initial_model(experiment), count)
         arrays = to_numpy(model.ema) | {SAMPLES: grey_levels(images), UNTRAINED_SAMPLES: grey_levels(untrained)}
         figures: dict[str, dict[str, float]] = {}
@@ -178,11 +224,11 @@ class DiffusionFedAvg(FedAvg):
         def receive(reply: FLModel) -> bool:
             site = reply.meta["client_name"]
             try:
-                check_metrics(reply.metrics, allowed=EVALUATION_METRICS)
+                check_metrics(reply.metrics or {}, allowed=evaluation_metrics(experiment))
             except EgressRefused as error:
                 self.info(f"refused the figures of {site}: {error}")
                 return False
-            figures[site] = {name: float(value) for name, value in reply.metrics.items()}
+            figures[site] = {name: float(value) for name, value in (reply.metrics or {}).items()}
             return True
 
         header = _header(experiment, folder, experiment.federation.rounds)
@@ -191,10 +237,11 @@ class DiffusionFedAvg(FedAvg):
         self._send(TASK_EVALUATE, task_model(arrays, header), sites, experiment, receive)
         mean = {
             name: float(np.mean([site[name] for site in figures.values() if name in site]))
-            for name in sorted(EVALUATION_METRICS - {"seconds"})
+            for name in sorted(evaluation_metrics(experiment) - {"seconds"})
             if any(name in site for site in figures.values())
         }
-        self.info("mean over sites: " + ", ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+        said = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
+        self.info(f"mean over sites: {said or 'withheld: each site keeps its figures, see its pictures folder'}")
         return {"mean": mean, "sites": figures}
 
     def _sample(self, experiment: ExperimentConfig, model: ModelFile, count: int) -> NDArray[np.float32]:
@@ -235,6 +282,28 @@ def resumed(runs: Path, run_id: str, experiment: ExperimentConfig) -> RunFolder:
     return folder
 
 
+def start_weights(models: Path, experiment: ExperimentConfig) -> dict[str, Tensor]:
+    """The weights of the model that a job names to start from. A job names a model, never a path on the server.
+
+    Raises:
+        ConfigError: no such model, or one of another network or noise schedule.
+    """
+    file = models / f"{experiment.start_from}.safetensors"
+    if not file.is_file():
+        raise ConfigError(
+            f"start_from = {experiment.start_from!r}: no {file}; make it: fedct pretrain jobs/{experiment.name} {file}"
+        )
+    given = load_model(file)
+    for name in ("network", "schedule"):
+        ours, theirs = getattr(experiment, name), getattr(given.experiment, name)
+        require(ours == theirs, argument=f"start_from.{name}", value=theirs, remedy=f"this job has {ours}")
+    dims = given.experiment.preprocess.spatial_dims
+    require(
+        dims == experiment.preprocess.spatial_dims, argument="start_from.spatial_dims", value=dims, remedy="another"
+    )
+    return given.ema
+
+
 def _initial_model(experiment: ExperimentConfig) -> ModelFile:
     network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
@@ -269,20 +338,24 @@ def _sent_meta(reply: FLModel) -> dict[str, Any]:
     return reply_meta({key: value for key, value in reply.meta.items() if key not in ("client_name", "props")})
 
 
-def _grid(images: NDArray[np.float32], file: Path, experiment: ExperimentConfig, rounds: int) -> None:
+def _grid(images: NDArray[np.float32], file: Path, experiment: ExperimentConfig, what: str) -> None:
     if experiment.preprocess.spatial_dims == 2:
-        title = f"{experiment.name}: samples after {rounds} round{'s' if rounds > 1 else ''}"
-        sample_grid(images, file, title=title, window_hu=experiment.preprocess.window_hu)
+        sample_grid(images, file, title=f"{experiment.name}: {what}", window_hu=experiment.preprocess.window_hu)
+
+
+def _after(rounds: int) -> str:
+    return f"samples after {rounds} round{'s' if rounds > 1 else ''}"
 
 
 def _summary(record: RoundRecord, experiment: ExperimentConfig) -> str:
-    def mean(name: str) -> float:
-        return float(np.mean([metrics[name] for metrics in record.accepted.values()]))
+    def mean(name: str, said: str) -> list[str]:
+        values = [metrics[name] for metrics in record.accepted.values() if name in metrics]
+        return [f"{said} {np.mean(values):.4f}"] if values else []
 
     parts: Iterable[str] = (
         f"round {record.round_number + 1}/{experiment.federation.rounds} done in {record.seconds:.0f} s",
-        f"train loss {mean('train_loss'):.4f}",
-        f"held-out loss before it {mean('held_out_loss'):.4f}",
+        *mean("train_loss", "train loss"),
+        *mean("held_out_loss", "held-out loss before it"),
         f"{len(record.accepted)} of {len(record.asked)} sites",
         *([f"refused {', '.join(record.refused)}"] if record.refused else []),
         *([f"silent {', '.join(record.silent)}"] if record.silent else []),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 from custom.diffusion.schedule import Schedule
 
 
-def denoising_loss(network: nn.Module, schedule: Schedule, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def denoising_loss(
+    network: Callable[..., Tensor], schedule: Schedule, x0: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
     """Mean squared error of the prediction, L_simple of arXiv:2006.11239, eq. 14, for ε or v.
 
     Args:

@@ -1,4 +1,8 @@
-"""The site's side of a run: train a round, compare samples with held-out patients."""
+"""The site's side of a run: train a round, compare samples with held-out patients.
+
+Under differential privacy a release is trained for only after the site's policy has passed the job and its ledger has
+set the cost aside, and leaves only after it was charged.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from nvflare.apis.signal import Signal
 from custom.codec import (
     SAMPLES,
     TASK_EVALUATE,
+    TASK_RELEASE,
     TASK_TRAIN,
     UNTRAINED_SAMPLES,
     Arrays,
@@ -28,18 +33,25 @@ from custom.codec import (
     update_reply,
     workspace_root,
 )
-from custom.config import ExperimentConfig
+from custom.config import ExperimentConfig, privacy_plan
 from custom.device import use
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
+from custom.egress import BUDGET_SPENT, MEAN_IMAGES, POLICY_CODES, evaluation_metrics, statistics_that_leave
 from custom.evaluation import MIN_IMAGES, evaluate
 from custom.filters.egress_gate import passed
 from custom.pictures import real_and_generated
+from custom.private_training import release_mean_images, train_private_round, training_patients
 from custom.site_file import SiteConfig, site_config
+from custom.site_ledger import open_ledger, release_sha256
 from custom.site_state import SiteState
 from custom.strict import require
 from custom.training import held_out_loss, train_round
 from medical_data.cohort import Cohort, prepare_cohort
+from privacy.errors import PrivacyError
+from privacy.ledger import Attempt, BudgetExceeded, Ledger, Run
+from privacy.plan import RELEASE_BEFORE_TRAINING, DPPlan, round_release
+from privacy.policy import PolicyRefused
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +68,29 @@ class _Site:
     device: torch.device
     abort: Signal
 
-    def cohort(self) -> Cohort:
+    @property
+    def plan(self) -> DPPlan | None:
+        return privacy_plan(self.experiment)
+
+    def admitted(self) -> Cohort:
+        """The site's cohort, if its policy lets the job use it."""
+        cohort = self._cohort()
+        self.config.policy.check(
+            self.plan,
+            patients=len(training_patients(cohort)),
+            rounds=self.experiment.federation.rounds,
+            leaves=statistics_that_leave(self.experiment),
+        )
+        return cohort
+
+    def begin(self, plan: DPPlan, header: TaskHeader, release: str) -> tuple[Ledger, Attempt]:
+        """Set the run's cost aside, unless it was before, and begin a release: fresh noise, never handed out again."""
+        ledger, budgets = open_ledger(self.config.home), self.config.policy.budgets
+        run = Run(job=self.experiment.name, run_id=header.run_id)
+        ledger.reserve(run, plan.releases(), budgets=budgets)
+        return ledger, ledger.begin(run, release, budgets=budgets)
+
+    def _cohort(self) -> Cohort:
         start = time.monotonic()
         cohort = prepare_cohort(
             source=self.config.source,
@@ -74,7 +108,7 @@ class _Site:
 
 
 class DiffusionTrainer(Executor):
-    """Answers the tasks ``train`` and ``evaluate``; keeps nothing between them but what is on the site's disk."""
+    """Answers ``release``, ``train`` and ``evaluate``; keeps nothing between them but what is on the site's disk."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do one task. Whatever goes wrong stays in the site's own log; only a return code leaves."""
@@ -90,8 +124,12 @@ class DiffusionTrainer(Executor):
             )
             arrays, header = read_task(shareable)
             _check_agreement(header, experiment)
-            if task_name == TASK_TRAIN:
+            if task_name == TASK_TRAIN and site.plan is not None:
+                reply = _train_privately(site, site.plan, arrays, header)
+            elif task_name == TASK_TRAIN:
                 reply = _train(site, arrays, header)
+            elif task_name == TASK_RELEASE and site.plan is not None:
+                reply = _release(site, site.plan, header)
             elif task_name == TASK_EVALUATE:
                 reply = _evaluate(site, arrays, header)
             else:
@@ -99,6 +137,12 @@ class DiffusionTrainer(Executor):
             return passed(reply, experiment)
         except Aborted:
             return make_reply(ReturnCode.TASK_ABORTED)
+        except BudgetExceeded as error:
+            self.log_error(fl_ctx, f"{task_name} refused; nothing leaves this site: {error}")
+            return make_reply(BUDGET_SPENT)
+        except PolicyRefused as error:
+            self.log_error(fl_ctx, f"{task_name} refused by this site's policy; nothing leaves it: {error}")
+            return make_reply(POLICY_CODES[error.rule])
         except Exception:
             self.log_exception(fl_ctx, f"{task_name} failed; nothing of it leaves this site")
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
@@ -114,22 +158,27 @@ def _check_agreement(header: TaskHeader, experiment: ExperimentConfig) -> None:
         require(theirs == ours, argument=argument, value=f"{theirs[:12]}…", remedy=remedy)
 
 
-def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
-    experiment, round_number = site.experiment, header.round_number
-    rounds, steps = experiment.federation.rounds, experiment.training.steps_per_round
-    label = f"round {round_number + 1}/{rounds}"
-    last_line = time.monotonic()
+class _Progress:
+    """A line on the console every ten seconds, and the end of the work if the server ends the job."""
 
-    def progress(step: int, loss: float) -> None:
-        nonlocal last_line
-        if site.abort.triggered:
+    def __init__(self, site: _Site, header: TaskHeader) -> None:
+        self._site = site
+        self.label = f"round {header.round_number + 1}/{site.experiment.federation.rounds}"
+        self._last = time.monotonic()
+
+    def __call__(self, step: int, loss: float | None = None) -> None:
+        if self._site.abort.triggered:
             raise Aborted
-        if time.monotonic() - last_line > 10:
-            last_line = time.monotonic()
-            site.say(f"{label}: step {step}/{steps}, loss {loss:.4f}")
+        if time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            said = "" if loss is None else f", loss {loss:.4f}"
+            self._site.say(f"{self.label}: step {step}/{self._site.experiment.training.steps_per_round}{said}")
 
-    cohort = site.cohort()
-    state = SiteState.of_run(site.config.home, experiment.name, header.run_id)
+
+def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
+    experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
+    cohort = site.admitted()
+    state = SiteState.of_run(site.config.home, experiment.name, header.run_id, private=False)
     update = train_round(
         cohort=cohort,
         weights=to_torch(arrays),
@@ -143,16 +192,55 @@ def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     state.save(round_number, update.optimizer)
     patients = len(np.unique(cohort.patient[cohort.rows("train")]))
     site.say(
-        f"{label}: done, loss {update.metrics['train_loss']:.4f}, held-out loss of the global model "
+        f"{progress.label}: done, loss {update.metrics['train_loss']:.4f}, held-out loss of the global model "
         f"{update.metrics['held_out_loss']:.4f}, {update.metrics['seconds']:.0f} s"
     )
     weight = float(patients) if experiment.federation.weighting == "patients" else 1.0
     return update_reply(update.difference, weight=weight, metrics=update.metrics)
 
 
+def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHeader) -> Shareable:
+    experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
+    cohort = site.admitted()
+    ledger, attempt = site.begin(plan, header, round_release(round_number))
+    state = SiteState.of_run(site.config.home, experiment.name, header.run_id, private=True)
+    update = train_private_round(
+        cohort=cohort,
+        weights=to_torch(arrays),
+        state=state.before(round_number),
+        config=experiment,
+        plan=plan,
+        round_number=round_number,
+        device=site.device,
+        patients_in_memory=site.config.hardware.patients_in_memory,
+        progress=progress,
+    )
+    reply = passed(update_reply(update.difference, weight=1.0, metrics={}), experiment)
+    ledger.charge(attempt, update.event, sha256=release_sha256(update.difference), budgets=site.config.policy.budgets)
+    # After the charge: what a later round builds on has been paid for.
+    state.save(round_number, update.state)
+    spent = plan.epsilon_by_round[round_number]
+    site.say(f"{progress.label}: done and charged; epsilon {spent:.3f} of {plan.epsilon:.3f} by this run's plan")
+    return reply
+
+
+def _release(site: _Site, plan: DPPlan, header: TaskHeader) -> Shareable:
+    """The mean images before training."""
+    asked = site.experiment.privacy
+    if asked is None or asked.mean_images is None or plan.release_event is None:
+        raise PrivacyError(argument="task", value=TASK_RELEASE, remedy="the job's privacy block plans no mean images")
+    cohort = site.admitted()
+    ledger, attempt = site.begin(plan, header, RELEASE_BEFORE_TRAINING)
+    released = {MEAN_IMAGES: release_mean_images(cohort, asked.mean_images, plan)}
+    reply = passed(update_reply(released, weight=1.0, metrics={}), site.experiment)
+    ledger.charge(attempt, plan.release_event, sha256=release_sha256(released), budgets=site.config.policy.budgets)
+    site.say(f"mean images released with noise multiplier {plan.release_event.noise_multiplier:g} and charged")
+    return reply
+
+
 def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     start = time.monotonic()
-    experiment, cohort = site.experiment, site.cohort()
+    experiment, cohort = site.experiment, site.admitted()
     weights = {name: array for name, array in arrays.items() if name not in (SAMPLES, UNTRAINED_SAMPLES)}
     network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims).to(site.device)
     network.load_state_dict(to_torch(weights))
@@ -160,7 +248,10 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     if experiment.preprocess.spatial_dims == 2:
         metrics |= _compare(site, cohort, arrays, header)
     site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return metrics_reply(metrics | {"seconds": time.monotonic() - start})
+    if site.plan is not None:  # the run is over: give back what it set aside and did not use
+        open_ledger(site.config.home).close(Run(job=experiment.name, run_id=header.run_id))
+    metrics["seconds"] = time.monotonic() - start
+    return metrics_reply({name: value for name, value in metrics.items() if name in evaluation_metrics(experiment)})
 
 
 def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) -> dict[str, float]:

@@ -10,11 +10,22 @@ from nvflare.apis.shareable import ReservedHeaderKey, ReturnCode, Shareable, mak
 from custom.codec import experiment_of, reply_meta
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import parameter_shapes
-from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics, check_update
+from custom.egress import (
+    BUDGET_SPENT,
+    POLICY_CODES,
+    EgressRefused,
+    check_metrics,
+    check_update,
+    evaluation_metrics,
+    mean_image_shapes,
+)
 
 # All that a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
 ENTRIES = frozenset({"DXO", ReservedHeaderKey.HEADERS})
 HEADERS = frozenset({ReservedHeaderKey.CONTENT_TYPE})
+CODES = frozenset(
+    {value for name, value in vars(ReturnCode).items() if name.isupper()} | {BUDGET_SPENT, *POLICY_CODES.values()}
+)
 
 
 class EgressGate(Filter):
@@ -30,14 +41,14 @@ class EgressGate(Filter):
 
 
 def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
-    """The reply if all of it may leave; an error reply is reduced to its code.
+    """The reply if all of it may leave; an error reply is reduced to its code, and an unknown code to ``ERROR``.
 
     Raises:
         EgressRefused: something in it is not on the list.
     """
     code = reply.get_return_code()
     if code != ReturnCode.OK:
-        return make_reply(code)
+        return make_reply(code if code in CODES else ReturnCode.ERROR)
     beside = set(reply) - ENTRIES
     headers = set(reply.get(ReservedHeaderKey.HEADERS, {})) - HEADERS
     if beside or headers:
@@ -47,11 +58,14 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     dxo = from_shareable(reply)
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
         shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
+        before_training = mean_image_shapes(config)
+        if before_training is not None and set(dxo.data) == set(before_training):
+            shapes = before_training
         check_update(dxo.data, reply_meta(dxo.meta), shapes=shapes, config=config)
     elif dxo.data_kind == DataKind.METRICS:
         if dxo.meta:
             raise EgressRefused("meta: metrics leave without meta; remove it")
-        check_metrics(dxo.data, allowed=EVALUATION_METRICS)
+        check_metrics(dxo.data, allowed=evaluation_metrics(config))
     else:
         raise EgressRefused(f"data kind {dxo.data_kind!r}: only a weight difference or metrics may leave")
     return reply

@@ -34,7 +34,9 @@ from custom.training import train_round
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "integration"))
 from simulator import Run, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[2]

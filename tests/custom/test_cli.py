@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from policies import policy_toml
 
 from custom.cli import main
 from custom.config import ExperimentConfig
@@ -12,6 +13,7 @@ from custom.model_file import ModelFile, save_model
 SITES = """
 [sites.{name}]
 home = "home"
+{policy}
 data = {{ embedded = {{ hospital = 0, patients = 12, slices = 8, matrix = 64, seed = 1 }} }}
 limits = {{ held_out_fraction = 0.5 }}
 """
@@ -37,6 +39,9 @@ def model(tmp_path: Path, experiment: ExperimentConfig) -> Path:
         ["sample"],
         ["evaluate"],
         ["receipt"],
+        ["ledger"],
+        ["plan"],
+        ["pretrain"],
     ],
 )
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +63,7 @@ def test_sample_writes_the_same_images_for_the_same_seed(model: Path, tmp_path: 
 
 
 def test_evaluate_prints_the_table(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "sites.toml").write_text(SITES.format(name="a"))
+    (tmp_path / "sites.toml").write_text(SITES.format(name="a", policy=policy_toml()))
     arguments = ["evaluate", model, "--site-file", tmp_path / "sites.toml", "--site", "a", "--count", 20]
     arguments += ["--json", tmp_path / "e.json", "--picture", tmp_path / "e.png"]
     assert main([str(argument) for argument in arguments]) == 0

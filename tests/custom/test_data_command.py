@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from policies import policy_toml
 
 from custom import cli
 from custom.config import ExperimentConfig
@@ -73,7 +74,7 @@ def words(hospital: Path, tmp_path: Path, experiment: ExperimentConfig) -> tuple
     config.mkdir(parents=True)
     (config / "experiment.json").write_text(json.dumps(experiment.to_json()))
     (tmp_path / "sites.toml").write_text(
-        f'[sites.a]\nhome = "home"\ndata = {{ folder = "{hospital}" }}\n'
+        f'[sites.a]\nhome = "home"\n{policy_toml()}\ndata = {{ folder = "{hospital}" }}\n'
         "limits = { held_out_fraction = 0.4, max_images_per_patient = 3, min_patients = 3 }\n"
     )
     return ("prepare", tmp_path / "job", "--site-file", tmp_path / "sites.toml", "--site", "a")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from policies import policy_toml
 
 from custom.commands import ledger as command
 from custom.strict import ConfigError
@@ -15,10 +16,11 @@ from privacy.journal import JournalMissing, JournalTampered
 from privacy.ledger import LEDGER_FILE, Ledger, Run
 from privacy.policy import Budget, Budgets
 
-SITES = """
+SITES = f"""
 [sites.a]
 home = "home"
-data = { embedded = { hospital = 0, patients = 12, slices = 8, matrix = 64, seed = 1 } }
+{policy_toml()}
+data = {{ embedded = {{ hospital = 0, patients = 12, slices = 8, matrix = 64, seed = 1 }} }}
 """
 BUDGETS = Budgets(per_job=Budget(epsilon=4.0, delta=1e-3), total=Budget(epsilon=6.0, delta=1e-3))
 MEAN = GaussianRelease(noise_multiplier=4.0)

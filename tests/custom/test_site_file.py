@@ -3,24 +3,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from policies import ALL_STATISTICS, policy_toml
 
 from custom.site_file import SITE_FILE_VARIABLE, load_site, server_config, site_config
 from custom.strict import ConfigError
 from medical_data.cohort import EmbeddedSource, FolderSource
 
-TEXT = """
+TEXT = f"""
 [server]
 runs = "runs"
 
 [sites.a]
 home = "homes/a"
-data = { folder = "scans", format = "dicom" }
-limits = { min_patients = 3 }
-hardware = { device = "cpu", threads = 2 }
+{policy_toml(total=150.0)}
+data = {{ folder = "scans", format = "dicom" }}
+limits = {{ min_patients = 3 }}
+hardware = {{ device = "cpu", threads = 2 }}
 
 [sites.b]
 home = "/somewhere/b"
-data = { embedded = { hospital = 1, patients = 5, seed = 2 } }
+{policy_toml(required=True)}
+data = {{ embedded = {{ hospital = 1, patients = 5, seed = 2 }} }}
 """
 
 
@@ -41,6 +44,9 @@ def test_paths_are_taken_from_the_folder_that_holds_the_workspace(workspace: Pat
     assert site.source == FolderSource(folder=tmp_path / "scans", format="dicom")
     assert site.limits.min_patients == 3
     assert site.hardware.threads == 2
+    assert not site.policy.required
+    assert site.policy.budgets.total.epsilon == 150.0
+    assert site.policy.may_leave == ALL_STATISTICS
     assert server_config(workspace_root=workspace).runs == tmp_path / "runs"
     other = site_config("b", workspace_root=workspace)
     assert other.home == Path("/somewhere/b")
@@ -93,6 +99,9 @@ def test_without_a_site_file_nothing_is_assumed(tmp_path: Path, monkeypatch: pyt
         ('format = "dicom"', 'format = "jpeg"', "format"),
         ('folder = "scans", ', 'folder = "scans", embedded = {}, ', "folder or embedded"),
         ('data = { folder = "scans", format = "dicom" }', "", "data"),
+        (policy_toml(total=150.0), "", "policy"),
+        ("total = { epsilon = 150.0", "total = { epsilon = 50.0", "per_job"),
+        ("required = false", "requird = false", "requird"),
         ('home = "homes/a"', 'home = "homes/a"\nepsilon = 3', "epsilon"),
         ("[server]", "[server", "TOML"),
     ],

@@ -27,6 +27,6 @@ def test_a_site_that_was_not_drawn_continues_from_its_last_round(tmp_path: Path)
 @pytest.mark.parametrize("run_id", ["../../etc", "", "a/b", ".hidden", "x" * 200])
 def test_a_name_from_the_wire_cannot_leave_the_folder(tmp_path: Path, run_id: str) -> None:
     with pytest.raises(ValueError, match="run_id"):
-        SiteState.of_run(tmp_path, "e", run_id)
+        SiteState.of_run(tmp_path, "e", run_id, private=False)
     with pytest.raises(ValueError, match="experiment"):
-        SiteState.of_run(tmp_path, run_id, "r")
+        SiteState.of_run(tmp_path, run_id, "r", private=False)

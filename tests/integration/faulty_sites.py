@@ -1,19 +1,45 @@
-"""Sites that misbehave, for the simulator: what a broken or compromised site could send past its own gates."""
+"""Sites that misbehave, for the simulator: what a broken or compromised site could send past its own gates.
+
+And a filter that looks at what an honest one sends.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
+import uuid
+from pathlib import Path
 
 import numpy as np
 from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
+from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from custom.executors.diffusion_trainer import DiffusionTrainer
+
+
+class Recorder(Filter):
+    """Keeps a copy of every reply as it leaves the site, behind all other filters.
+
+    Args:
+        folder: where; one pickle a reply, named after the site.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Write it down and let it pass."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{fl_ctx.get_identity_name()}.{uuid.uuid4().hex}.pickle"
+        file.write_bytes(pickle.dumps(dict(shareable)))
+        return shareable
 
 
 class FaultySite(DiffusionTrainer):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policies import policy_toml
+
 from custom.config import ExperimentConfig
 from custom.run_folder import newest_run
 
@@ -43,13 +45,14 @@ def write_job(
     sites: list[str],
     *,
     faulty: Mapping[str, Any] | None = None,
+    recorded: Path | None = None,
     resume_run: str = "",
 ) -> Path:
-    """The repository's job with another experiment and other sites.
+    """The repository's job, the private one for a private experiment, with that experiment and other sites.
 
-    ``faulty`` swaps the executor and drops the gate.
+    ``faulty`` swaps the executor and drops the gate; ``recorded`` adds a filter behind the gate.
     """
-    source = REPOSITORY / "jobs" / "ct_ddpm"
+    source = REPOSITORY / "jobs" / ("ct_ddpm" if experiment.privacy is None else "ct_ddpm_dp")
     config = base / "job" / "app" / "config"
     config.mkdir(parents=True, exist_ok=True)
     meta = json.loads((source / "meta.json").read_text())
@@ -59,6 +62,9 @@ def write_job(
     if faulty is not None:
         client["executors"][0]["executor"] = {"path": "faulty_sites.FaultySite", "args": dict(faulty)}
         client["task_result_filters"] = []
+    if recorded is not None:
+        recorder = {"path": "faulty_sites.Recorder", "args": {"folder": str(recorded)}}
+        client["task_result_filters"][0]["filters"].append(recorder)
     (config / "config_fed_client.json").write_text(json.dumps(client))
     server = json.loads((source / "app/config/config_fed_server.json").read_text())
     if resume_run:
@@ -75,7 +81,9 @@ def simulate(
     *,
     threads: int,
     faulty: Mapping[str, Any] | None = None,
+    recorded: Path | None = None,
     resume_run: str = "",
+    policy: str = "",
     timeout: int = 400,
 ) -> Run:
     """Run the job.
@@ -86,15 +94,19 @@ def simulate(
         sites: names, or names with their ``data = …`` line; the embedded cohort by default.
         threads: NVFlare's ``-t``.
         faulty: arguments of :class:`faulty_sites.FaultySite`, which then stands in for the executor.
+        recorded: folder in which :class:`faulty_sites.Recorder` keeps every reply that leaves a site.
         resume_run: name of a run to carry on.
+        policy: the sites' ``policy = …`` line; one that lets everything pass by default.
         timeout: seconds.
     """
     if not isinstance(sites, Mapping):
         sites = {name: EMBEDDED.format(number=number) for number, name in enumerate(sites)}
-    job = write_job(base, experiment, list(sites), faulty=faulty, resume_run=resume_run)
+    policy = policy or policy_toml()
+    job = write_job(base, experiment, list(sites), faulty=faulty, recorded=recorded, resume_run=resume_run)
     site_file = base / "sites.toml"
     tables = [
-        f'[sites.{name}]\nhome = "sites/{name}"\nhardware = {{ threads = 1 }}\n{data}\n' for name, data in sites.items()
+        f'[sites.{name}]\nhome = "sites/{name}"\n{policy}\nhardware = {{ threads = 1 }}\n{data}\n'
+        for name, data in sites.items()
     ]
     site_file.write_text('[server]\nruns = "runs"\nhardware = { threads = 1 }\n\n' + "\n".join(tables))
     local = base / "workspace" / "local"

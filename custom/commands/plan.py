@@ -1,0 +1,74 @@
+"""``fedct plan``: what a job with differential privacy will do and what it costs, without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from custom.atomic import write_atomically
+
+
+def register(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="a job's differential privacy, before it runs",
+        description="Calibrate a job's plan of patient-level differential privacy and print it: noise multiplier, "
+        "steps, epsilon by round, and what it means for a patient (the best that any membership attack can do). With "
+        "a site, also ask the site's policy. Exit code: 0; 1 if the site's policy refuses the job.",
+    )
+    parser.add_argument("job", type=Path, help="the job's folder, such as jobs/ct_ddpm_dp")
+    parser.add_argument("--site-file", metavar="FILE", type=Path, help="a site file (TOML), to ask a site's policy")
+    parser.add_argument("--site", metavar="NAME", help="which of its sites")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan to this file")
+    parser.set_defaults(func=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Calibrate, print, ask the policy."""
+    from custom.config import ExperimentConfig, privacy_plan
+    from custom.egress import statistics_that_leave
+    from custom.site_file import load_site
+    from custom.strict import require
+    from privacy.policy import PolicyRefused
+
+    asked = (options.site_file is None) == (options.site is None)
+    require(asked, argument="--site", value=options.site, remedy="give --site-file and --site together")
+    experiment = ExperimentConfig.load(experiment_file(options.job))
+    plan = privacy_plan(experiment)
+    print(f"{experiment.name}: no differential privacy" if plan is None else plan.describe())
+    if plan is not None and options.json is not None:
+        write_atomically(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
+    if options.site is None:
+        return 0
+    policy = load_site(options.site_file, options.site).policy
+    patients = max(policy.min_patients, 1 if plan is None else plan.patients)
+    try:
+        policy.check(
+            plan,
+            patients=patients,
+            rounds=experiment.federation.rounds,
+            leaves=statistics_that_leave(experiment),
+        )
+    except PolicyRefused as refusal:
+        print(f"{options.site} refuses it: {refusal}")
+        return 1
+    print(f"{options.site}'s policy lets it pass with {patients} patients; its ledger decides when the job runs")
+    return 0
+
+
+def experiment_file(job: Path) -> Path:
+    """The experiment of a job folder.
+
+    Raises:
+        ConfigError: none or several.
+    """
+    from custom.config import EXPERIMENT_FILE
+    from custom.strict import require
+
+    found = sorted(job.rglob(EXPERIMENT_FILE))
+    remedy = f"give a job folder with one {EXPERIMENT_FILE}"
+    require(len(found) == 1, argument="job", value=str(job), remedy=remedy)
+    return found[0]

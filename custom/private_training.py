@@ -1,0 +1,275 @@
+"""One local round under patient-level differential privacy, and what may be released before training.
+
+The plan decides sampling, clipping and noise (:mod:`privacy.dpsgd`); this file only says what a patient's draws and
+loss are. Nothing here but ``difference`` and the mean images is meant to leave the site.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from custom.config import ExperimentConfig, MeanImagesConfig
+from custom.diffusion.loss import denoising_loss
+from custom.diffusion.networks import build_network
+from custom.diffusion.schedule import Schedule, build_schedule
+from custom.strict import require
+from custom.training import TrainingDiverged, learning_rate, restore_optimizer, stored_optimizer
+from medical_data.cohort import Cohort
+from privacy.accounting import SampledGaussian
+from privacy.dpsgd import PatientSGD, noisy_clipped_sum
+from privacy.plan import DPPlan
+from privacy.rng import Randomness, SecureRandomness
+
+CLIP_NORM = "clip_norm"  # of the next step, in the site's state
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrivateUpdate:
+    """Result of one local round.
+
+    Attributes:
+        difference: local minus global weights, float32 on the CPU, by name; zero where nothing is trained.
+        state: for the site's own state: AdamW's moments and step counts by name, and the clip norm.
+        event: the steps that ran, for the ledger.
+    """
+
+    difference: dict[str, Tensor]
+    state: dict[str, Tensor]
+    event: SampledGaussian
+
+
+def train_private_round(
+    *,
+    cohort: Cohort,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    config: ExperimentConfig,
+    plan: DPPlan,
+    round_number: int,
+    device: torch.device,
+    patients_in_memory: int,
+    progress: Callable[[int], None] | None = None,
+    randomness: Randomness | None = None,
+    draws_seed: int | None = None,
+) -> PrivateUpdate:
+    """Train the global weights on one site's training patients with DP-SGD.
+
+    Args:
+        cohort: the site's images.
+        weights: global weights by name.
+        state: as :attr:`PrivateUpdate.state` of the site's last charged round; empty in its first.
+        config: the experiment, with a privacy block.
+        plan: its calibrated plan.
+        round_number: from 0.
+        device: where to compute.
+        patients_in_memory: patients whose gradients are held at once; changes memory and time, not the result.
+        progress: called with the steps done after each step.
+        randomness: of sampling and noise; None for a new secure stream. Another one is for tests.
+        draws_seed: of the choice of slices, timesteps and diffusion noise, on which the guarantee does not rest;
+            None for a fresh one.
+
+    Raises:
+        TrainingDiverged: weights that are not finite.
+        ConfigError: patterns of trained parameters that fit none.
+    """
+    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
+    network.load_state_dict(dict(weights))
+    network.train()
+    parameters = trained_parameters(network, config)
+    training = config.training
+    optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    restore_optimizer(optimizer, parameters, {name: t for name, t in state.items() if name != CLIP_NORM})
+    sgd = PatientSGD(
+        parameters=parameters,
+        optimizer=optimizer,
+        loss=patient_loss(network, build_schedule(config.schedule)),
+        plan=plan,
+        patients=len(training_patients(cohort)),
+        chunk_size=patients_in_memory,
+        clip_norm=float(state[CLIP_NORM]) if CLIP_NORM in state and plan.config.adaptive_clipping else None,
+        randomness=randomness,
+    )
+    seed = secrets.randbits(63) if draws_seed is None else draws_seed
+    draw = PatientDraws(cohort, config, torch.Generator().manual_seed(seed), device)
+    for step in range(training.steps_per_round):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, round_number * training.steps_per_round + step)
+        sgd.step(draw)
+        if progress is not None:
+            progress(step + 1)
+    difference = {name: tensor.detach().cpu() - weights[name] for name, tensor in network.state_dict().items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in difference.values()):
+        raise TrainingDiverged("weights = not finite: lower training.learning_rate")
+    (event,) = sgd.events
+    return PrivateUpdate(
+        difference=difference,
+        state={**stored_optimizer(optimizer, parameters), CLIP_NORM: torch.tensor(sgd.clip_norm, dtype=torch.float64)},
+        event=event,
+    )
+
+
+def trained_parameters(network: nn.Module, config: ExperimentConfig) -> dict[str, nn.Parameter]:
+    """The parameters that the job trains, by name; all others are made constants.
+
+    Raises:
+        ConfigError: a pattern that fits no parameter.
+    """
+    patterns = ("*",) if config.privacy is None else config.privacy.trained
+    named = dict(network.named_parameters())
+    for pattern in patterns:
+        fits = any(fnmatchcase(name, pattern) for name in named)
+        require(fits, argument="privacy.trained", value=pattern, remedy=f"fits no parameter such as {min(named)!r}")
+    trained = {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+    return trained
+
+
+def patient_loss(network: nn.Module, schedule: Schedule) -> Callable[..., Tensor]:
+    """The loss of one patient's draws, [K], as :class:`privacy.dpsgd.PatientSGD` calls it."""
+
+    def loss(parameters: Mapping[str, Tensor], x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+            output: Tensor = functional_call(network, dict(parameters), (), {"x": x, "timesteps": timesteps})
+            return output
+
+        return denoising_loss(denoiser, schedule, x0, noise, timesteps)
+
+    return loss
+
+
+def training_patients(cohort: Cohort) -> NDArray[np.int64]:
+    """Indices of the patients that train, ascending."""
+    return np.flatnonzero(~cohort.held_out)
+
+
+class PatientDraws:
+    """Draws (image, noise, timestep) for sampled patients, each from the patient's own images only.
+
+    The K timesteps of a patient are spread over K equal parts of the schedule, and the K images over K equal parts of
+    the patient's images, matched at random: each draw is uniform, and their mean varies less.
+
+    Args:
+        cohort: the site's images.
+        config: the experiment, for K and T.
+        generator: of everything drawn here.
+        device: where the draws go.
+    """
+
+    def __init__(
+        self, cohort: Cohort, config: ExperimentConfig, generator: torch.Generator, device: torch.device
+    ) -> None:
+        assert config.privacy is not None  # noqa: S101 - callers have a plan
+        self._images = cohort.images
+        self._rows = [np.flatnonzero(cohort.patient == patient) for patient in training_patients(cohort)]
+        self._draws = config.privacy.draws_per_patient
+        self._timesteps = config.schedule.timesteps
+        self._generator = generator
+        self._device = device
+
+    def __call__(self, patients: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [b, K, 1, *spatial], standard normal noise of that shape, timesteps int64 [b, K].
+
+        Args:
+            patients: places in the list of training patients, [b].
+        """
+        places = self._spread(len(patients))
+        rows = np.stack(
+            [self._rows[p][(u * len(self._rows[p])).astype(int)] for p, u in zip(patients, places.numpy(), strict=True)]
+        )
+        x0 = torch.from_numpy(self._images[rows])
+        noise = torch.randn(x0.shape, generator=self._generator)
+        timesteps = (self._spread(len(patients)) * self._timesteps).long()
+        return x0.to(self._device), noise.to(self._device), timesteps.to(self._device)
+
+    def _spread(self, patients: int) -> Tensor:
+        """Numbers in [0, 1), float64 [patients, K]: one in each of K equal parts, in random order."""
+        shape = (patients, self._draws)
+        order = torch.rand(shape, generator=self._generator).argsort(dim=1)
+        inside = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        return ((order + inside) / self._draws).clamp(max=math.nextafter(1.0, 0.0))
+
+
+def release_mean_images(
+    cohort: Cohort, config: MeanImagesConfig, plan: DPPlan, *, randomness: Randomness | None = None
+) -> Tensor:
+    """The noisy mean of the training patients' own mean images, with air at 0.
+
+    A patient counts once, with at most ``clip_norm``, however many images there are. Whoever calls this charges
+    ``plan.release_event`` before the result leaves.
+
+    Args:
+        cohort: the site's images.
+        config: slabs and clip norm.
+        plan: has the noise multiplier, and N, by which the sum is divided.
+        randomness: of the noise; None for a new secure stream.
+
+    Returns:
+        float32 [slabs, 1, *spatial].
+    """
+    assert plan.release_event is not None  # noqa: S101 - callers release only what is planned
+    total = noisy_clipped_sum(
+        torch.from_numpy(np.stack([_slab_means(cohort, p, config.slabs) for p in training_patients(cohort)])),
+        clip_norm=config.clip_norm,
+        noise_multiplier=plan.release_event.noise_multiplier,
+        randomness=SecureRandomness() if randomness is None else randomness,
+    )
+    return (total / plan.patients).float()
+
+
+def _slab_means(cohort: Cohort, patient: int, slabs: int) -> NDArray[np.float32]:
+    """Mean image of each slab of one patient, air at 0, [slabs, 1, *spatial]; a slab without images is air."""
+    images = cohort.images[cohort.patient == patient] + 1
+    parts = np.array_split(images, slabs)
+    return np.stack([part.mean(axis=0) if len(part) else np.zeros_like(images[0]) for part in parts])
+
+
+def warmed_up(
+    weights: Mapping[str, Tensor], images: Tensor, config: ExperimentConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """Train on released mean images, which costs no privacy beyond their release; deterministic given them.
+
+    Args:
+        weights: where to start, by name.
+        images: [slabs, 1, *spatial], air at 0, as :func:`release_mean_images` gives them, or a mean of those.
+        config: the experiment, with ``privacy.mean_images``.
+        device: where to compute.
+
+    Returns:
+        The new weights by name, on the CPU.
+    """
+    assert config.privacy is not None and config.privacy.mean_images is not None  # noqa: S101, PT018
+    steps = config.privacy.mean_images.warm_up_steps
+    x = (images - 1).clamp(-1, 1)
+    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
+    network.load_state_dict(dict(weights))
+    network.train()
+    schedule = build_schedule(config.schedule)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=WARM_UP_RATE)
+    generator = torch.Generator().manual_seed(config.seed)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = WARM_UP_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        x0 = x[torch.randint(len(x), (WARM_UP_BATCH,), generator=generator)].to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        timesteps = torch.randint(config.schedule.timesteps, (len(x0),), generator=generator).to(device)
+        loss = denoising_loss(network, schedule, x0, noise, timesteps).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+
+
+WARM_UP_RATE = 2e-3
+WARM_UP_BATCH = 16

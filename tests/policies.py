@@ -1,0 +1,31 @@
+"""Privacy policies of sites in tests, as they stand in a site file."""
+
+ALL_STATISTICS = (
+    "weight",
+    "train_loss",
+    "held_out_loss",
+    "seconds",
+    "effnet_kid",
+    "effnet_kid_baseline",
+    "effnet_kid_untrained",
+)
+
+
+def policy_toml(
+    *,
+    required: bool = False,
+    per_job: float = 100.0,
+    total: float = 100.0,
+    delta: float = 1e-2,
+    may_leave: tuple[str, ...] = ALL_STATISTICS,
+    **rules: float,
+) -> str:
+    """One line, ``policy = {…}``; lets everything pass unless told otherwise."""
+    values = [
+        f"required = {str(required).lower()}",
+        f"budgets = {{ per_job = {{ epsilon = {per_job}, delta = {delta} }}, "
+        f"total = {{ epsilon = {total}, delta = {delta} }} }}",
+        f"may_leave = {list(may_leave)}",
+        *(f"{name} = {value}" for name, value in rules.items()),
+    ]
+    return f"policy = {{ {', '.join(values)} }}".replace("'", '"')
