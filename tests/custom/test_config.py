@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 
-from custom.config import PRESETS, ExperimentConfig
+from custom.config import PRESETS, ExperimentConfig, FederationConfig, TrainingConfig, privacy_plan
 from custom.strict import ConfigError
 
 
@@ -73,3 +74,75 @@ def test_missing_value_is_named(experiment: ExperimentConfig) -> None:
     del values["training"]["steps_per_round"]
     with pytest.raises(ConfigError, match=r"training\.steps_per_round.*missing"):
         ExperimentConfig.from_json(values)
+
+
+PRIVACY = {
+    "patients": 100,
+    "delta": 1e-3,
+    "clip_norm": 1.0,
+    "sampling_rate": 0.1,
+    "noise_multiplier": 1.5,
+    "mean_images": {"clip_norm": 20.0, "noise_multiplier": 4.0},
+}
+
+
+def private(experiment: ExperimentConfig) -> dict[str, object]:
+    base = replace(
+        experiment,
+        training=replace(experiment.training, batch_size=4),
+        federation=FederationConfig(rounds=3, weighting="uniform"),
+    )
+    return {
+        **base.to_json(),
+        "training": {"steps_per_round": 5},
+        "privacy": copy.deepcopy(PRIVACY),
+    }
+
+
+def test_the_plan_is_that_of_the_experiment(experiment: ExperimentConfig) -> None:
+    config = ExperimentConfig.from_json(private(experiment))
+    plan = privacy_plan(config)
+    assert plan is not None
+    assert (plan.patients, plan.config.rounds, plan.config.steps_per_round) == (100, 3, 5)
+    assert (plan.noise_multiplier, plan.config.release_noise_multiplier) == (1.5, 4.0)
+    assert list(plan.releases()) == ["before-training", "round-0000", "round-0001", "round-0002"]
+    assert ExperimentConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert privacy_plan(experiment) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        ("training.batch_size", 16, "batch_size"),
+        ("training.gradient_clip", 1.0, "gradient_clip"),
+        ("federation.weighting", "patients", "weighting"),
+        ("privacy.delta", 0.0, "delta"),
+        ("privacy.sampling_rate", 1.5, "sampling_rate"),
+        ("privacy.clip_norm", -1.0, "clip_norm"),
+        ("privacy.target_epsilon", 8.0, "target_epsilon, noise_multiplier"),
+        ("privacy.noise_multiplier", None, "target_epsilon, noise_multiplier"),
+        ("privacy.patients", 0, "patients"),
+        ("privacy.trained", [], "trained"),
+        ("privacy.epsilon", 8.0, "epsilon"),
+        ("privacy.mean_images.slabs", 0, "slabs"),
+        ("privacy.mean_images.noise_multiplier", 0.0, "noise_multiplier"),
+        ("privacy.adaptive_clipping", {"target_quantile": 0.5}, "adaptive_clipping"),
+        ("start_from", "../models/a", "start_from"),
+    ],
+)
+def test_a_private_job_that_would_leak_or_means_nothing_is_refused_by_name(
+    experiment: ExperimentConfig, path: str, value: object, named: str
+) -> None:
+    values = private(experiment)
+    place = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        place = place[parent]  # type: ignore[assignment]
+    place[last] = value
+    with pytest.raises(ConfigError, match=named):
+        ExperimentConfig.from_json(values)
+
+
+def test_without_privacy_there_is_a_batch_size(experiment: ExperimentConfig) -> None:
+    with pytest.raises(ConfigError, match=r"training\.batch_size"):
+        replace(experiment, training=TrainingConfig(steps_per_round=1))

@@ -11,9 +11,19 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 
 from custom.codec import metrics_reply, to_torch, update_reply
-from custom.config import ExperimentConfig
+from custom.config import ExperimentConfig, MeanImagesConfig, PrivacyConfig, TrainingConfig
 from custom.diffusion.networks import Shapes, parameter_shapes
-from custom.egress import EVALUATION_METRICS, EgressRefused, check_metrics, check_update
+from custom.egress import (
+    BUDGET_SPENT,
+    EVALUATION_METRICS,
+    MEAN_IMAGES,
+    POLICY_CODES,
+    EgressRefused,
+    check_metrics,
+    check_update,
+    mean_image_shapes,
+    statistics_that_leave,
+)
 from custom.filters.egress_gate import passed
 
 Arrays = dict[str, Any]
@@ -196,3 +206,83 @@ def test_gate_reduces_an_error_to_its_code(experiment: ExperimentConfig) -> None
     out = passed(reply, experiment)
     assert out.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
     assert "error" not in out
+
+
+@pytest.mark.parametrize("code", [BUDGET_SPENT, *POLICY_CODES.values(), ReturnCode.TASK_ABORTED])
+def test_gate_passes_the_codes_it_knows(code: str, experiment: ExperimentConfig) -> None:
+    assert passed(make_reply(code), experiment).get_return_code() == code
+
+
+@pytest.mark.parametrize("code", ["PATIENT_0017", "", 17, "ok"])
+def test_gate_passes_no_other_code(code: Any, experiment: ExperimentConfig) -> None:
+    assert passed(make_reply(code), experiment).get_return_code() == ReturnCode.ERROR
+
+
+# ---- under differential privacy
+
+
+@pytest.fixture
+def private(experiment: ExperimentConfig) -> ExperimentConfig:
+    return replace(
+        experiment,
+        training=TrainingConfig(steps_per_round=3),
+        federation=replace(experiment.federation, weighting="uniform"),
+        privacy=PrivacyConfig(
+            patients=4,
+            delta=1e-2,
+            clip_norm=1.0,
+            sampling_rate=0.5,
+            noise_multiplier=1.0,
+            mean_images=MeanImagesConfig(clip_norm=1.0, noise_multiplier=1.0, slabs=2),
+        ),
+    )
+
+
+@pytest.fixture
+def mean_images() -> Arrays:
+    return {MEAN_IMAGES: np.zeros((2, 1, 16, 16), np.float32)}
+
+
+def test_what_was_noised_leaves_and_no_statistic_beside_it(
+    arrays: Arrays, mean_images: Arrays, private: ExperimentConfig, experiment: ExperimentConfig
+) -> None:
+    assert statistics_that_leave(private) == frozenset()
+    assert {"weight", "train_loss", "effnet_kid"} < statistics_that_leave(experiment)
+    bare = {"weight": 1.0, "metrics": {}}
+    for released in (arrays, mean_images):
+        reply = reply_of(released, bare)
+        assert passed(reply, private) is reply
+        for name in ("train_loss", "held_out_loss", "seconds"):
+            with pytest.raises(EgressRefused, match="metric"):
+                passed(reply_of(released, {"weight": 1.0, "metrics": {name: 0.5}}), private)
+        for weight in (4.0, 0.5):
+            with pytest.raises(EgressRefused, match="weight"):
+                passed(reply_of(released, {"weight": weight, "metrics": {}}), private)
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATION_METRICS))
+def test_no_figure_of_an_evaluation_leaves(name: str, private: ExperimentConfig) -> None:
+    assert passed(metrics_reply({}), private)
+    with pytest.raises(EgressRefused, match="metric"):
+        passed(metrics_reply({name: 0.5}), private)
+
+
+@pytest.mark.parametrize("spoil", [with_nan, misshapen, in_double, with_extra, in_a_subclass])
+def test_bad_mean_images_are_refused(
+    spoil: Callable[[Arrays], None], mean_images: Arrays, private: ExperimentConfig
+) -> None:
+    spoil(mean_images)
+    with pytest.raises(EgressRefused, match=r"tensor"):
+        check_update(
+            mean_images, {"weight": 1.0, "metrics": {}}, shapes=mean_image_shapes(private) or {}, config=private
+        )
+
+
+def test_mean_images_leave_only_where_the_job_plans_them(
+    mean_images: Arrays, meta: dict[str, Any], private: ExperimentConfig, experiment: ExperimentConfig
+) -> None:
+    assert private.privacy is not None
+    without = replace(private, privacy=replace(private.privacy, mean_images=None))
+    for config, said in ((experiment, meta), (without, {"weight": 1.0, "metrics": {}})):
+        with pytest.raises(EgressRefused, match="tensor"):
+            passed(reply_of(mean_images, said), config)

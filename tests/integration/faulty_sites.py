@@ -46,7 +46,8 @@ class FaultySite(DiffusionTrainer):
     """Behaves as the site's name says; ``good-…`` is honest.
 
     Args:
-        error_round: the round (from 0) in which ``error-…`` answers with an error; it is honest in others.
+        error_round: the round (from 0) in which ``error-…`` answers with an error, and ``late-…`` is killed after its
+            work is done and before the reply leaves; they are honest in others.
     """
 
     def __init__(self, error_round: int = 0) -> None:
@@ -56,6 +57,7 @@ class FaultySite(DiffusionTrainer):
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do the task, then spoil the reply."""
         fault = fl_ctx.get_identity_name().split("-")[0]
+        its_round = task_name == "train" and from_shareable(shareable).meta["task"]["round_number"] == self._error_round
         if task_name == "train":
             if fault == "silent":
                 while not abort_signal.triggered:
@@ -63,9 +65,11 @@ class FaultySite(DiffusionTrainer):
                 return make_reply(ReturnCode.TASK_ABORTED)
             if fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "error" and from_shareable(shareable).meta["task"]["round_number"] == self._error_round:
+            if fault == "error" and its_round:
                 return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
+        if fault == "late" and its_round:
+            os.kill(os.getpid(), signal.SIGKILL)
         if reply.get_return_code() != ReturnCode.OK or task_name != "train":
             return reply
         arrays = from_shareable(reply).data
