@@ -43,10 +43,10 @@ from custom.diffusion.schedule import build_schedule
 from custom.egress import BUDGET_SPENT, MEAN_IMAGES, EgressRefused, check_metrics, evaluation_metrics, mean_image_shapes
 from custom.model_file import ModelFile, load_model, save_model
 from custom.pictures import grey_levels, sample_grid
-from custom.private_training import warmed_up
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.site_file import ServerConfig, server_config
 from custom.strict import ConfigError, require
+from custom.warm_up import warmed_up
 
 
 class RoundVoid(Exception):

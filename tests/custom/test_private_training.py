@@ -22,7 +22,6 @@ from custom.private_training import (
     release_mean_images,
     train_private_round,
     trained_parameters,
-    warmed_up,
 )
 from custom.site_state import SiteState
 from custom.strict import ConfigError
@@ -334,18 +333,3 @@ def test_one_patient_moves_the_released_sum_by_at_most_the_clip_norm(images: int
     plan = calibrate(wanted, patients=3)
     one, other = (release_mean_images(c, config, plan, randomness=SeededRandomnessForTests(5)) for c in cohorts)
     assert float((one - other).double().norm()) * 3 <= 2.0 + 1e-5
-
-
-def test_warm_up_learns_the_released_images_and_nothing_else(experiment: ExperimentConfig, cohort: Cohort) -> None:
-    config = private(experiment, mean_images=replace(MEAN_IMAGES, warm_up_steps=60))
-    images = torch.from_numpy(cohort.images[4:6] + 1)
-    weights = initial(config)
-    after = warmed_up(weights, images, config, CPU)
-    assert same(after, warmed_up(weights, images, config, CPU))
-    network, schedule = build_network(config.network, spatial_dims=2), build_schedule(config.schedule)
-    released = replace(cohort, images=np.broadcast_to(cohort.images[4], cohort.images.shape).copy())
-    losses = []
-    for values in (weights, after):
-        network.load_state_dict(values)
-        losses.append(held_out_loss(network, schedule, released, CPU))
-    assert losses[1] < 0.5 * losses[0]
