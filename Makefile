@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv demo test test-all check bench clean
+.PHONY: help venv demo test test-all check bench bench-dp clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ test-all: check ## the same with the tests that take minutes each
 bench: venv ## training benchmark: throughput against bare loops, NVFlare's overhead
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/training.py
+
+bench-dp: $(BIN)/.installed-test ## cost of differential privacy in time and memory, against plain training and Opacus
+	$(BIN)/python tests/benchmarks/dp.py
 
 clean: ## remove what can be made again; runs/ and sites/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

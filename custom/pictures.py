@@ -89,7 +89,7 @@ def sample_grid(
     Raises:
         ValueError: impossible images, window or number of columns.
     """
-    _write([(title, images)], file, window_hu=window_hu, columns=columns)
+    grids([(title, images)], file, window_hu=window_hu, columns=columns)
 
 
 def real_and_generated(
@@ -118,7 +118,7 @@ def real_and_generated(
         sizes = f"real {real.shape[1:]}, generated {generated.shape[1:]}"
         raise ValueError(f"{sizes}: give slices of one size")
     panels = [("held-out patients (real)", real), ("generated", generated)]
-    _write(panels, file, window_hu=window_hu, columns=columns)
+    grids(panels, file, window_hu=window_hu, columns=columns)
 
 
 def write_png(image: Image, file: Path, *, text: dict[str, str]) -> None:
@@ -133,13 +133,24 @@ def write_png(image: Image, file: Path, *, text: dict[str, str]) -> None:
     write_atomically(file, content.getvalue())
 
 
-def _write(
+def grids(
     panels: list[tuple[str, NDArray[np.float32]]],
     file: Path,
     *,
     window_hu: tuple[float, float],
     columns: int,
 ) -> None:
+    """Write several sets of images side by side as one PNG, each under its title.
+
+    Args:
+        panels: title, one line in latin-1, and images, float32 [N, 1, H, W] in [-1, 1].
+        file: the PNG, written atomically; missing folders are made.
+        window_hu: HU of black and of white.
+        columns: images in a row of each panel.
+
+    Raises:
+        ValueError: impossible images, window or number of columns.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     check_window(window_hu)

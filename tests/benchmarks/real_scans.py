@@ -16,6 +16,9 @@ from pathlib import Path
 
 from custom.run_folder import check_receipt, newest_run
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from policies import policy_toml
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCANS = REPOSITORY.parent / "shared" / "ct"
 SITES = ("site-1", "site-2", "site-3")
@@ -37,7 +40,7 @@ def main() -> None:
             if not (folder / patient.name).exists():
                 (folder / patient.name).symlink_to(patient)
         text += f'\n[sites.{site}]\nhome = "sites/{site}"\ndata = {{ folder = "scans/{site}" }}\n'
-        text += f"hardware = {{ threads = {options.threads} }}\n"
+        text += f"hardware = {{ threads = {options.threads} }}\n{policy_toml()}\n"
     site_file = out / "sites.toml"
     site_file.write_text(text, encoding="utf-8")
     binaries = Path(sys.executable).parent

@@ -34,9 +34,8 @@ from custom.training import train_round
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-sys.path.insert(0, str(TESTS / "integration"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 from simulator import Run, simulate
 
 REPOSITORY = Path(__file__).resolve().parents[2]

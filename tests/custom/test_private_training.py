@@ -29,7 +29,7 @@ from custom.training import TrainingDiverged, held_out_loss, learning_rate
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
 from privacy.accounting import SampledGaussian
-from privacy.dpsgd import CLIP_MARGIN
+from privacy.dpsgd import _NOISE_BLOCK, CLIP_MARGIN
 from privacy.plan import AdaptiveClipping, DPPlan
 from privacy.rng import SeededRandomnessForTests
 
@@ -139,9 +139,11 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, sp
                 factor = min(1.0, 1.0 * (1 - CLIP_MARGIN) / float(norm))
                 for name, gradient in zip(parameters, gradients, strict=True):
                     total[name] += factor * gradient
-        for name, parameter in parameters.items():
-            noisy = total[name] + 1.0 * 1.0 * randomness.normal(parameter.shape).float()
-            parameter.grad = noisy / (0.75 * 4)
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        blocks = torch.split(torch.zeros(sum(sizes)), _NOISE_BLOCK)
+        noise_of = torch.cat([randomness.normal(block.shape).float() for block in blocks]).split(sizes)
+        for (name, parameter), added in zip(parameters.items(), noise_of, strict=True):
+            parameter.grad = (total[name] + 1.0 * 1.0 * added.view_as(parameter)) / (0.75 * 4)
         optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         optimizer.step()
     for name, tensor in network.state_dict().items():
