@@ -1,8 +1,9 @@
 """Learn from released mean images before training: everything here is made of what has left the sites, noisy, already.
 
 DP-FETA (arXiv:2504.01395) trains on the noisy central images themselves. Here the noise is first smoothed away and the
-network sees the images bent, moved, scaled and in other contrasts: it learns to denoise bodies rather than one picture,
-and the private steps that follow start nearer to the patients. Post-processing of a private release costs no privacy.
+network sees the images bent, moved, scaled, in other contrasts and with sharper edges: it learns to denoise bodies
+rather than one picture, and the private steps that follow start nearer to the patients. Post-processing of a private
+release costs no privacy.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ SCALE = 0.2
 BENDING = 0.25  # of a grid cell
 BENDING_CELLS = 4
 GAMMA = (0.6, 1.6)
+# A mean is blurred where patients differ; a patient has edges, between tissues of nearly one density each.
+STEEPNESS = 6.0  # up to which contrast is raised,
+TURN = (0.35, 0.6)  # about this share of the brightest,
+PLATEAU = (0.8, 1.0)  # and cut above this share of it
 
 
 def warmed_up(
@@ -74,7 +79,7 @@ def warmed_up(
 
 
 def variants(images: Tensor, *, count: int, seed: int) -> Tensor:
-    """Smoothed mean images, bent, moved, scaled and in other contrasts.
+    """Smoothed mean images, bent, moved, scaled, in other contrasts and with sharper edges.
 
     Args:
         images: [slabs, 1, *spatial], air at 0 and the window's top at 2, with noise.
@@ -106,4 +111,17 @@ def variants(images: Tensor, *, count: int, seed: int) -> Tensor:
         ]
     ).set_random_state(seed)
     made = torch.stack([vary(smooth[i % len(smooth)]).as_tensor() for i in range(count)])
-    return (made * 2 - 1).clamp(-1, 1)
+    return (_sharpened(made, seed) * 2 - 1).clamp(-1, 1)
+
+
+def _sharpened(images: Tensor, seed: int) -> Tensor:
+    """Each image's contrast raised by a random factor about a random level, with a plateau; [N, 1, *spatial], ≥ 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand((len(images), *(1,) * (images.ndim - 1)), generator=generator)
+
+    brightest = images.flatten(1).amax(1).view(-1, *(1,) * (images.ndim - 1))
+    turn, plateau = brightest * uniform(*TURN), brightest * uniform(*PLATEAU)
+    steep = turn + uniform(0, math.log(STEEPNESS)).exp() * (images - turn)
+    return steep.clamp(min=0).minimum(plateau)

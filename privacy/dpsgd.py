@@ -3,7 +3,7 @@
     sample patients → K draws each → gradient per patient → clip to C → sum → add noise σC → divide by qN → optimizer
 
 Opacus' optimizer clips, sums and steps, and Opacus' accountant counts the steps that ran. Ours are the gradients
-(``vmap`` over patients), the secure noise and the parts of adaptive clipping that Opacus leaves open. A loss arrives as
+(``privacy.gradients``), the secure noise and the parts of adaptive clipping that Opacus leaves open. A loss arrives as
 a callable: nothing here knows a model.
 """
 
@@ -18,48 +18,22 @@ from numpy.typing import NDArray
 from opacus.accountants import PRVAccountant
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from privacy.accounting import SampledGaussian
 from privacy.errors import InvalidPlan, PlanExhausted, WrongDraws, require, require_count
+from privacy.gradients import PatientLoss, per_patient_gradients
 from privacy.plan import DPPlan
 from privacy.rng import Randomness, SecureRandomness, with_gaussian_noise
 
-# PatientLoss(parameters by name, *one patient's draws [K, …]) → one loss per draw, [K].
-PatientLoss = Callable[..., Tensor]
 # Draw(patient indices [b]) → tensors [b, K, …], the arguments of the loss after the parameters.
 Draw = Callable[[NDArray[np.int64]], Sequence[Tensor]]
 
 # Clipping aims this much below C, so that float32's rounding and the noise's grid stay within C.
 CLIP_MARGIN = 1e-5
 
-
-def per_patient_gradients(
-    loss: PatientLoss, parameters: Mapping[str, Tensor], draws: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Gradient of each patient's mean loss over the patient's own draws, and of nothing else.
-
-    ``vmap`` hands each patient's draws to the loss separately, so a loss cannot mix patients.
-
-    Args:
-        loss: called as ``loss(parameters, *draws_of_one_patient)`` with tensors [K, …]; returns [K]. It must not
-            draw random numbers: noise and timesteps are draws.
-        parameters: by name; those that are trained.
-        draws: tensors [B, K, …].
-
-    Returns:
-        Tensors [B, *parameter shape] by name.
-    """
-
-    def patient_loss(parameters: dict[str, Tensor], *draws_of_patient: Tensor) -> Tensor:
-        return loss(parameters, *draws_of_patient).mean()
-
-    in_dims = (None, *(0,) * len(draws))
-    detached = {name: parameter.detach() for name, parameter in parameters.items()}
-    # vmap has no rule for PyTorch's fused attention and would go patient by patient; the plain one is batched.
-    with sdpa_kernel(SDPBackend.MATH):
-        gradients: dict[str, Tensor] = torch.func.vmap(torch.func.grad(patient_loss), in_dims)(detached, *draws)
-    return gradients
+_SMALL = 1 << 12  # numbers of a gradient below which the call takes longer than the work
+_NORM_BLOCK = 1 << 8
+_NOISE_BLOCK = 1 << 15  # numbers that stay in the cache
 
 
 def noisy_clipped_sum(values: Tensor, *, clip_norm: float, noise_multiplier: float, randomness: Randomness) -> Tensor:
@@ -228,23 +202,36 @@ class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def clip_and_accumulate(self) -> None:
         """Clip each patient; one whose gradient or its norm overflows contributes nothing rather than NaN."""
-        gradients = self.grad_samples
-        if len(gradients[0]):
-            norms = _norms(gradients)
-            finite = norms.isfinite()
-            self._unclipped += float((norms <= self.max_grad_norm).sum()) - 0.5 * len(norms)
-            if not bool(finite.all()):
-                for p, g in zip(self.params, gradients, strict=True):
-                    p.grad_sample = torch.where(_each(finite, g), g, 0.0)
-        super().clip_and_accumulate()
+        gradients = _side_by_side(self.grad_samples)
+        norms = _norms(gradients)
+        finite = norms.isfinite()
+        self._unclipped += float((norms <= self.max_grad_norm).sum()) - 0.5 * len(norms)
+        if not bool(finite.all()):
+            gradients = [torch.where(finite[:, None], gradient, 0.0) for gradient in gradients]
+        factors = (self.max_grad_norm / norms).nan_to_num(0.0).clamp(max=1.0).to(gradients[0].dtype)
+        total = torch.cat([factors @ gradient for gradient in gradients])
+        sums = [summed.view_as(p) for p, summed in zip(self.params, self._split(total), strict=True)]
+        if self.params[0].summed_grad is not None:
+            torch._foreach_add_(sums, [p.summed_grad for p in self.params])
+        for p, summed in zip(self.params, sums, strict=True):
+            p.summed_grad = summed
 
     def add_noise(self) -> None:
         """Set ``p.grad`` to the sum of clipped gradients plus N(0, (σ_Δ C)²), then move C if it is adaptive."""
+        total = torch.cat([p.summed_grad.flatten() for p in self.params])
         std = self._plan.gradient_noise_multiplier * self.clip_norm
-        for p in self.params:
-            noisy = with_gaussian_noise(p.summed_grad, std=std, randomness=self._randomness)
-            p.grad = noisy.to(device=p.device, dtype=p.dtype).view_as(p)
+        for block in torch.split(total, _NOISE_BLOCK):
+            block.copy_(with_gaussian_noise(block, std=std, randomness=self._randomness))
+        for p, noisy in zip(self.params, self._split(total), strict=True):
+            p.grad = noisy.view_as(p)
         self._adapt()
+
+    def _split(self, total: Tensor) -> Sequence[Tensor]:
+        return torch.split(total, [p.numel() for p in self.params])
+
+    def scale_grad(self) -> None:
+        """Divide by qN."""
+        torch._foreach_div_([p.grad for p in self.params], self.expected_batch_size)
 
     def _adapt(self) -> None:
         """C ← C exp(-η (b̃ - γ)), arXiv:1905.03871, alg. 1, with b̃ = 1/2 + (Σ (b_i - 1/2) + N(0, σ_b²)) / qN."""
@@ -262,10 +249,32 @@ class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             self.max_grad_norm = self.clip_norm * (1 - CLIP_MARGIN)
 
 
+def _side_by_side(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [B, …] as matrices [B, n] in the same order, small ones joined: fewer and larger operations."""
+    runs: list[list[Tensor]] = []
+    columns = _SMALL
+    for matrix in (gradient.flatten(1) for gradient in gradients):
+        if columns >= _SMALL or matrix.shape[1] >= _SMALL:
+            runs.append([])
+            columns = 0
+        runs[-1].append(matrix)
+        columns += matrix.shape[1]
+    return [torch.cat(run, dim=1) if len(run) > 1 else run[0] for run in runs]
+
+
 def _norms(values: Sequence[Tensor]) -> Tensor:
-    """Joint L2 norm of each patient's tensors, [B]."""
-    norms = [torch.linalg.vector_norm(value.reshape(len(value), -1), dim=1) for value in values]
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    """Joint L2 norm of each patient's tensors, float64 [B].
+
+    In blocks: summed in one go, float32 can make a million equal numbers 1e-3 too short, far beyond the margin.
+    """
+    blocks: list[Tensor] = []
+    for value in values:
+        flat = value.flatten(1)
+        whole = flat.shape[1] // _NORM_BLOCK
+        body, rest = flat.tensor_split([whole * _NORM_BLOCK], dim=1)
+        blocks.append(torch.linalg.vector_norm(body.reshape(len(flat), whole, _NORM_BLOCK), dim=2))
+        blocks.append(torch.linalg.vector_norm(rest, dim=1, keepdim=True))
+    joint: Tensor = torch.linalg.vector_norm(torch.cat(blocks, dim=1).double(), dim=1)
     return joint
 
 

@@ -5,7 +5,7 @@
 All in one run, interleaved, medians of pairwise ratios; the last line is one JSON object:
 
     k1                DP step over a step without DP, 32 images of 32², one draw of each of 32 patients
-    k4                the same for four draws of each of 8 patients
+    k4                the same for 64 images, four draws of each of 16 patients (printed beside it: 32 images)
     three_d           the same for 8 volumes of 16³, one draw of each of 8 patients
     vs_opacus_hooks   our DP step over one with Opacus' hooks, 32 images of 32², where each image is a patient
 
@@ -18,13 +18,12 @@ glibc gives freed memory back to the system after some steps and not after other
 which cost up to a fifth of a step on a virtual machine, with DP or without, as the order of allocations had it. Here
 it keeps what it has, for all candidates.
 
-Memory is the growth of a fresh process's peak over its steps.
+Memory is the peak of a fresh process that makes a few steps, less that of one that makes none.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import resource
 import statistics
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from custom.config import PRESETS, ScheduleConfig
+from custom.device import keep_freed_memory
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
@@ -48,8 +48,8 @@ from privacy.dpsgd import PatientSGD
 from privacy.plan import DPConfig, calibrate
 
 CLIP_NORM, SIGMA, RATE = 1.0, 30.0, 1e-4  # none of them changes the time
-MEMORY_CHUNKS = (4, 8, 16, 32)
-WITHOUT_DP = 0
+CHUNK_SIZES = (4, 8, 16, 32)
+WITHOUT_DP, NO_STEP = 0, -1
 
 Step = Callable[[], None]
 
@@ -63,16 +63,8 @@ class Work(NamedTuple):
     draws: int
 
 
-K1, K4, THREE_D = Work(2, 32, 32, 1), Work(2, 32, 8, 4), Work(3, 16, 8, 1)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc, where it is the allocator, not to return memory to the system."""
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 25)
-        mallopt(trim_threshold, (1 << 31) - 1)
+K1, K4, THREE_D = Work(2, 32, 32, 1), Work(2, 32, 16, 4), Work(3, 16, 8, 1)
+K4_OF_32_IMAGES = Work(2, 32, 8, 4)
 
 
 class Bench:
@@ -172,35 +164,40 @@ def ratio(times: Mapping[str, list[float]], one: str, other: str) -> float:
 def compare(work: Work, repeats: int) -> float:
     print(f"{work.patients} patients x {work.draws} of {work.size}^{work.spatial_dims}", flush=True)
     steps = {"without DP": Bench(work).without_dp(), "DP": Bench(work).with_dp(work.patients)}
-    return ratio(seconds(steps, repeats), "DP", "without DP")
+    result = ratio(seconds(steps, repeats), "DP", "without DP")
+    print(f"  {result:.2f} x", flush=True)
+    return result
 
 
-def growth(chunk_size: int) -> float:
-    """MiB that this process's peak grows by in a few steps."""
+def peak(chunk_size: int) -> float:
+    """Of this process, after a few steps, in MiB."""
     bench = Bench(K1)
-    step = bench.without_dp() if chunk_size == WITHOUT_DP else bench.with_dp(chunk_size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if chunk_size != NO_STEP:
+        step = bench.without_dp() if chunk_size == WITHOUT_DP else bench.with_dp(chunk_size)
+        for _ in range(3):
+            step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def growth_of_a_fresh_process(chunk_size: int) -> float:
-    command = [sys.executable, str(Path(__file__).resolve()), "--growth", str(chunk_size)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def peaks(chunk_sizes: Sequence[int]) -> list[float]:
+    """Each of a fresh process. To be called while this one is small: a child's peak starts at its parent's size."""
+    file = str(Path(__file__).resolve())
+    outputs = [
+        subprocess.run([sys.executable, file, "--peak", str(size)], check=True, capture_output=True, text=True).stdout
+        for size in (NO_STEP, *chunk_sizes)
+    ]
+    no_step, *others = map(float, outputs)
+    return [other - no_step for other in others]
 
 
-def chunks(repeats: int) -> float:
+def chunks(memory: Sequence[float], repeats: int) -> float:
     """Print time and memory by chunk size; return our time over that of Opacus' hooks."""
     print(f"{K1.patients} patients x {K1.draws} of {K1.size}^{K1.spatial_dims}, by chunk size", flush=True)
-    steps = {"without DP": Bench(K1).without_dp(), "Opacus' hooks": Bench(K1).with_opacus_hooks()}
-    steps |= {f"chunks of {size}": Bench(K1).with_dp(size) for size in MEMORY_CHUNKS}
-    times = seconds(steps, repeats)
-    memory = {"without DP": growth_of_a_fresh_process(WITHOUT_DP)}
-    memory |= {f"chunks of {size}": growth_of_a_fresh_process(size) for size in MEMORY_CHUNKS}
-    for name in steps:
-        mib = f"{memory[name]:6.0f} MiB" if name in memory else ""
-        print(f"  {name:14} {ratio(times, name, 'without DP'):5.2f} x  {mib}", flush=True)
+    ours = {f"chunks of {size}": Bench(K1).with_dp(size) for size in CHUNK_SIZES}
+    hooks = {"Opacus' hooks": Bench(K1).with_opacus_hooks()}
+    times = seconds({"without DP": Bench(K1).without_dp(), **ours, **hooks}, repeats)
+    for name, mib in zip(times, memory, strict=False):
+        print(f"  {name:14} {ratio(times, name, 'without DP'):5.2f} x {mib:6.0f} MiB", flush=True)
     return ratio(times, f"chunks of {K1.patients}", "Opacus' hooks")
 
 
@@ -209,16 +206,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="interleaved repeats (default: %(default)s)")
-    parser.add_argument("--growth", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
     keep_freed_memory()
-    if options.growth is not None:
-        print(growth(options.growth))
+    if options.peak is not None:
+        print(peak(options.peak))
         return
+    memory = peaks((WITHOUT_DP, *CHUNK_SIZES))
+    compare(K4_OF_32_IMAGES, options.repeats)
     figures = {name: compare(work, options.repeats) for name, work in (("k1", K1), ("k4", K4), ("three_d", THREE_D))}
-    figures["vs_opacus_hooks"] = chunks(options.repeats)
+    figures["vs_opacus_hooks"] = chunks(memory, options.repeats)
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 

@@ -6,7 +6,7 @@ Runs `jobs/ct_ddpm_dp` with the functions that sites and server use (no NVFlare,
 
     epsilon    ε ∈ {1, 3, 8, ∞} from fresh weights, and from weights pretrained on another, public phantom hospital
     ablation   ε = 8 from fresh weights, one thing changed at a time
-    scans      the real patients of a folder, split among three sites, from the pretrained weights
+    scans      the 22 real patients of ../shared/ct that have volumes, split among three sites, from pretrained weights
 
 The first two train on the embedded hospitals of the simulated sites large-1 to large-3. OUT keeps a JSON and the
 samples of each row, so that a run that was stopped goes on. At its end it prints the table in Markdown and writes a
@@ -50,6 +50,7 @@ from privacy.accounting import epsilon
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOB = REPOSITORY / "jobs/ct_ddpm_dp/app/config/experiment.json"
+MAIN_JOB = REPOSITORY / "jobs/ct_ddpm/app/config/experiment.json"
 SITE_FILE = REPOSITORY / "simulator_workspace/local/fedct.toml"
 SITES = ("large-1", "large-2", "large-3")
 PUBLIC = EmbeddedSource(hospital=100, patients=200)
@@ -71,7 +72,6 @@ class Row:
         pretrained: whether it starts from public weights; then there are no mean images, which would undo them.
         train: whether there are rounds at all.
         rate: factor on the job's sampling rate.
-        steps: factor on the job's steps per round.
         changes: to the job's privacy block, as JSON.
     """
 
@@ -80,14 +80,14 @@ class Row:
     pretrained: bool = False
     train: bool = True
     rate: float = 1.0
-    steps: float = 1.0
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 # A smaller budget gets a noisier mean image: at ε = 1 the job's own σ would take nearly all of it.
 MEAN_IMAGE_SIGMA = {1.0: 8.0, 3.0: 4.0}
-# Eight patients train at a site: δ must lie below 1/8, and every patient takes part in every step.
-FEW = {"patients": 8, "delta": 0.01, "sampling_rate": 1.0, "draws_per_patient": 16, "clip_norm": 0.2}
+# Five or six patients train at a site: δ must lie below 1/6, and every patient takes part in every step.
+FEW = {"patients": 6, "delta": 0.01, "sampling_rate": 1.0, "draws_per_patient": 16, "clip_norm": 0.2}
+FEW_LAYERS = {**FEW, "trained": ["*norm*", "out.*"]}
 
 TABLES: Mapping[str, tuple[Row, ...]] = {
     "epsilon": tuple(
@@ -96,22 +96,18 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
         for epsilon in (1.0, 3.0, 8.0, None)
     ),
     "ablation": (
-        Row(name="the job"),
         Row(name="mean images alone, no steps", train=False),
         Row(name="without mean images", changes={"mean_images": None}),
         Row(name="4 draws at a quarter of the rate", rate=0.25, changes={"draws_per_patient": 4}),
-        Row(name="half the steps at twice the rate", rate=2.0, steps=0.5),
         Row(name="norms, attention, output only", changes={"trained": ["*attn*", "*norm*", "out.*"]}),
     ),
     "scans": (
-        Row(name="pretrained, no steps", pretrained=True, train=False),
+        Row(name="pretrained, no steps", pretrained=True, train=False, changes=FEW),
         Row(name="ε = 8, all layers", pretrained=True, changes=FEW),
-        Row(
-            name="ε = 8, norms and output",
-            pretrained=True,
-            changes={**FEW, "trained": ["*norm*", "out.*"]},
-        ),
-        Row(name="ε = ∞", pretrained=True, epsilon=None, changes=FEW),
+        Row(name="ε = 8, norms and output", pretrained=True, changes=FEW_LAYERS),
+        Row(name="ε = 50, norms and output", epsilon=50.0, pretrained=True, changes=FEW_LAYERS),
+        Row(name="ε = ∞, norms and output", epsilon=None, pretrained=True, changes=FEW_LAYERS),
+        Row(name="ε = ∞, all layers", epsilon=None, pretrained=True, changes=FEW),
     ),
 }
 
@@ -121,18 +117,17 @@ def experiment_of(row: Row) -> ExperimentConfig:
     job = json.loads(JOB.read_text())
     privacy, training = job["privacy"] | row.changes, job["training"]
     privacy["sampling_rate"] *= row.rate
-    training["steps_per_round"] = round(training["steps_per_round"] * row.steps)
     if row.pretrained:
         privacy["mean_images"] = None
     if privacy["mean_images"] is not None and row.epsilon in MEAN_IMAGE_SIGMA:
         privacy["mean_images"] |= {"noise_multiplier": MEAN_IMAGE_SIGMA[row.epsilon]}
-    if row.epsilon is None:  # as many images a step
-        images = round(privacy["sampling_rate"] * privacy["patients"] * privacy["draws_per_patient"])
-        training |= {"batch_size": images, "gradient_clip": 1.0}
-        return ExperimentConfig.from_json({**job, "training": training, "privacy": None})
-    return ExperimentConfig.from_json(
-        {**job, "training": training, "privacy": privacy | {"target_epsilon": row.epsilon}}
-    )
+    if row.epsilon is None:  # as many images, in the batches and with the rates of the main job
+        images = privacy["sampling_rate"] * privacy["patients"] * privacy["draws_per_patient"]
+        plain = json.loads(MAIN_JOB.read_text())["training"]
+        plain["steps_per_round"] = round(training["steps_per_round"] * images / plain["batch_size"])
+        return ExperimentConfig.from_json({**job, "training": plain, "privacy": None})
+    privacy["target_epsilon"] = row.epsilon
+    return ExperimentConfig.from_json({**job, "privacy": privacy})
 
 
 def federate(config: ExperimentConfig, cohorts: list[Cohort], start: Weights, *, train: bool) -> Weights:
@@ -241,7 +236,7 @@ def cohorts_of(scans: Path | None, folder: Path) -> list[Cohort]:
         if scans is not None:
             source, limits, home = FolderSource(folder=folder / "scans" / name), DataLimits(), folder / "real" / name
             source.folder.mkdir(parents=True, exist_ok=True)
-            patients = sorted(p for p in scans.iterdir() if p.name.startswith(("STS", "TCGA")))
+            patients = sorted(p for p in scans.iterdir() if p.name.startswith("STS"))
             for patient in patients[number :: len(SITES)]:
                 if not (source.folder / patient.name).exists():
                     (source.folder / patient.name).symlink_to(patient.resolve())

@@ -14,8 +14,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 from privacy.accounting import SampledGaussian
-from privacy.dpsgd import PatientSGD, noisy_clipped_sum, per_patient_gradients
+from privacy.dpsgd import CLIP_MARGIN, PatientSGD, _norms, noisy_clipped_sum
 from privacy.errors import InvalidPlan, PlanExhausted, WrongDraws
+from privacy.gradients import per_patient_gradients
 from privacy.plan import AdaptiveClipping, DPConfig, DPPlan, calibrate
 from privacy.rng import Randomness, SecureRandomness, SeededRandomnessForTests
 
@@ -164,6 +165,16 @@ def test_clipping_by_slice_would_fail_the_test_of_influence() -> None:
     others = torch.zeros(4, 1, 5)
     moved = difference(torch.cat([others, torch.full((3, 1, 5), 100.0)]), others, plan)
     assert float(moved.norm()) > 2.9
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.1, 1.9])
+def test_a_norm_is_exact_within_the_clips_margin_whatever_the_size(value: float) -> None:
+    """A patient whose norm comes out too short moves the sum by more than C."""
+    gradients = [torch.full((1, n), value) for n in (1_200_000, 600, 7)]
+    exact = float(torch.linalg.vector_norm(torch.cat(gradients, dim=1).double()))
+    in_one_go = float(torch.linalg.vector_norm(torch.cat(gradients, dim=1)))
+    assert abs(float(_norms(gradients)) / exact - 1) < CLIP_MARGIN / 5
+    assert abs(in_one_go / exact - 1) > CLIP_MARGIN
 
 
 def test_a_small_gradient_is_not_clipped() -> None:
