@@ -35,6 +35,7 @@ from custom.atomic import write_atomically
 from custom.cli import main as fedct
 from custom.config import ExperimentConfig, privacy_plan
 from custom.controllers.diffusion_fedavg import next_model
+from custom.device import use
 from custom.diffusion.networks import build_network
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
@@ -42,7 +43,7 @@ from custom.evaluation import evaluate
 from custom.model_file import ModelFile, load_model
 from custom.pictures import grids
 from custom.private_training import release_mean_images, train_private_round
-from custom.site_file import load_site
+from custom.site_file import HardwareConfig, load_site
 from custom.training import held_out_loss, train_round
 from custom.warm_up import warmed_up
 from medical_data.cohort import Cohort, DataLimits, EmbeddedSource, FolderSource, prepare_cohort
@@ -56,8 +57,7 @@ SITES = ("large-1", "large-2", "large-3")
 PUBLIC = EmbeddedSource(hospital=100, patients=200)
 PUBLIC_STEPS = 1000
 SAMPLES, REAL = 256, 640
-CPU = torch.device("cpu")
-torch.set_num_threads(1)  # here and, because they import this file, in the worker processes
+CPU = use(HardwareConfig(device="cpu", threads=1))  # here and, because they import this file, in the workers
 
 Weights = Mapping[str, Tensor]
 
@@ -96,9 +96,10 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
         for epsilon in (1.0, 3.0, 8.0, None)
     ),
     "ablation": (
-        Row(name="mean images alone, no steps", train=False),
-        Row(name="without mean images", changes={"mean_images": None}),
         Row(name="4 draws at a quarter of the rate", rate=0.25, changes={"draws_per_patient": 4}),
+        Row(name="mean images alone, no steps", train=False),
+        Row(name="pretrained weights alone, no steps", pretrained=True, train=False),
+        Row(name="without mean images", changes={"mean_images": None}),
         Row(name="norms, attention, output only", changes={"trained": ["*attn*", "*norm*", "out.*"]}),
     ),
     "scans": (
