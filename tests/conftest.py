@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from custom.config import ExperimentConfig, FederationConfig, NetworkConfig, SamplingConfig, TrainingConfig
+from custom.config import (
+    ExperimentConfig,
+    FederationConfig,
+    MeanImagesConfig,
+    NetworkConfig,
+    PrivacyConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
 
@@ -36,6 +45,24 @@ def experiment() -> ExperimentConfig:
         training=TrainingConfig(steps_per_round=3, batch_size=4, warmup_steps=0, gradient_clip=1.0),
         federation=FederationConfig(rounds=2, round_timeout_s=120),
         sampling=SamplingConfig(steps=4, grid_images=4, evaluation_images=24),
+    )
+
+
+@pytest.fixture(scope="session")
+def private_experiment(experiment: ExperimentConfig) -> ExperimentConfig:
+    """The same with differential privacy, for a cohort of few patients."""
+    return replace(
+        experiment,
+        training=TrainingConfig(steps_per_round=3, warmup_steps=0),
+        federation=replace(experiment.federation, weighting="uniform"),
+        privacy=PrivacyConfig(
+            patients=4,
+            delta=1e-2,
+            clip_norm=1.0,
+            sampling_rate=0.5,
+            noise_multiplier=1.0,
+            mean_images=MeanImagesConfig(clip_norm=1.0, noise_multiplier=1.0, slabs=2, warm_up_steps=60),
+        ),
     )
 
 

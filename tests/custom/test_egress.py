@@ -11,7 +11,7 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 
 from custom.codec import metrics_reply, to_torch, update_reply
-from custom.config import ExperimentConfig, MeanImagesConfig, PrivacyConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes, parameter_shapes
 from custom.egress import (
     BUDGET_SPENT,
@@ -222,67 +222,53 @@ def test_gate_passes_no_other_code(code: Any, experiment: ExperimentConfig) -> N
 
 
 @pytest.fixture
-def private(experiment: ExperimentConfig) -> ExperimentConfig:
-    return replace(
-        experiment,
-        training=TrainingConfig(steps_per_round=3),
-        federation=replace(experiment.federation, weighting="uniform"),
-        privacy=PrivacyConfig(
-            patients=4,
-            delta=1e-2,
-            clip_norm=1.0,
-            sampling_rate=0.5,
-            noise_multiplier=1.0,
-            mean_images=MeanImagesConfig(clip_norm=1.0, noise_multiplier=1.0, slabs=2),
-        ),
-    )
-
-
-@pytest.fixture
 def mean_images() -> Arrays:
     return {MEAN_IMAGES: np.zeros((2, 1, 16, 16), np.float32)}
 
 
 def test_what_was_noised_leaves_and_no_statistic_beside_it(
-    arrays: Arrays, mean_images: Arrays, private: ExperimentConfig, experiment: ExperimentConfig
+    arrays: Arrays, mean_images: Arrays, private_experiment: ExperimentConfig, experiment: ExperimentConfig
 ) -> None:
-    assert statistics_that_leave(private) == frozenset()
+    assert statistics_that_leave(private_experiment) == frozenset()
     assert {"weight", "train_loss", "effnet_kid"} < statistics_that_leave(experiment)
     bare = {"weight": 1.0, "metrics": {}}
     for released in (arrays, mean_images):
         reply = reply_of(released, bare)
-        assert passed(reply, private) is reply
+        assert passed(reply, private_experiment) is reply
         for name in ("train_loss", "held_out_loss", "seconds"):
             with pytest.raises(EgressRefused, match="metric"):
-                passed(reply_of(released, {"weight": 1.0, "metrics": {name: 0.5}}), private)
+                passed(reply_of(released, {"weight": 1.0, "metrics": {name: 0.5}}), private_experiment)
         for weight in (4.0, 0.5):
             with pytest.raises(EgressRefused, match="weight"):
-                passed(reply_of(released, {"weight": weight, "metrics": {}}), private)
+                passed(reply_of(released, {"weight": weight, "metrics": {}}), private_experiment)
 
 
 @pytest.mark.parametrize("name", sorted(EVALUATION_METRICS))
-def test_no_figure_of_an_evaluation_leaves(name: str, private: ExperimentConfig) -> None:
-    assert passed(metrics_reply({}), private)
+def test_no_figure_of_an_evaluation_leaves(name: str, private_experiment: ExperimentConfig) -> None:
+    assert passed(metrics_reply({}), private_experiment)
     with pytest.raises(EgressRefused, match="metric"):
-        passed(metrics_reply({name: 0.5}), private)
+        passed(metrics_reply({name: 0.5}), private_experiment)
 
 
 @pytest.mark.parametrize("spoil", [with_nan, misshapen, in_double, with_extra, in_a_subclass])
 def test_bad_mean_images_are_refused(
-    spoil: Callable[[Arrays], None], mean_images: Arrays, private: ExperimentConfig
+    spoil: Callable[[Arrays], None], mean_images: Arrays, private_experiment: ExperimentConfig
 ) -> None:
     spoil(mean_images)
     with pytest.raises(EgressRefused, match=r"tensor"):
         check_update(
-            mean_images, {"weight": 1.0, "metrics": {}}, shapes=mean_image_shapes(private) or {}, config=private
+            mean_images,
+            {"weight": 1.0, "metrics": {}},
+            shapes=mean_image_shapes(private_experiment) or {},
+            config=private_experiment,
         )
 
 
 def test_mean_images_leave_only_where_the_job_plans_them(
-    mean_images: Arrays, meta: dict[str, Any], private: ExperimentConfig, experiment: ExperimentConfig
+    mean_images: Arrays, meta: dict[str, Any], private_experiment: ExperimentConfig, experiment: ExperimentConfig
 ) -> None:
-    assert private.privacy is not None
-    without = replace(private, privacy=replace(private.privacy, mean_images=None))
+    assert private_experiment.privacy is not None
+    without = replace(private_experiment, privacy=replace(private_experiment.privacy, mean_images=None))
     for config, said in ((experiment, meta), (without, {"weight": 1.0, "metrics": {}})):
         with pytest.raises(EgressRefused, match="tensor"):
             passed(reply_of(mean_images, said), config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom.config import ExperimentConfig, MeanImagesConfig, PrivacyConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
 from custom.training import held_out_loss
@@ -16,24 +16,8 @@ from medical_data.cohort import Cohort
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def config(experiment: ExperimentConfig) -> ExperimentConfig:
-    return replace(
-        experiment,
-        training=TrainingConfig(steps_per_round=3),
-        federation=replace(experiment.federation, weighting="uniform"),
-        privacy=PrivacyConfig(
-            patients=4,
-            delta=1e-2,
-            clip_norm=1.0,
-            sampling_rate=0.5,
-            noise_multiplier=1.0,
-            mean_images=MeanImagesConfig(clip_norm=1.0, noise_multiplier=1.0, warm_up_steps=60),
-        ),
-    )
-
-
-def test_warm_up_learns_the_released_image(config: ExperimentConfig, cohort: Cohort) -> None:
+def test_warm_up_learns_the_released_image(private_experiment: ExperimentConfig, cohort: Cohort) -> None:
+    config = private_experiment
     weights = dict(build_network(config.network, spatial_dims=2, seed=0).state_dict())
     released = torch.from_numpy(cohort.images[4:5] + 1)
     after = warmed_up(weights, released, config, CPU)

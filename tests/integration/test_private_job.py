@@ -188,6 +188,19 @@ def interrupted(base: Path, federation: ExperimentConfig, policy: str) -> Run:
     return simulate(base, short, SITES, threads=3, faulty={"error_round": 1}, policy=policy)
 
 
+def carried_on(run: Run, policy: str) -> Run:
+    """The same run, resumed, with a site that is honest now."""
+    return simulate(
+        run.base,
+        run.experiment,
+        SITES,
+        threads=3,
+        faulty={"error_round": 99},
+        resume_run=run.folder.name,
+        policy=policy,
+    )
+
+
 def spent(events: list[MechanismEvent]) -> float:
     return epsilon(events, DELTA).epsilon
 
@@ -202,15 +215,7 @@ def test_a_round_that_repeats_is_charged_again_with_other_noise(
     for site in SITES:
         assert statement(first, site).total.spent == pytest.approx(spent(once))
 
-    resumed = simulate(
-        tmp_path,
-        first.experiment,
-        SITES,
-        threads=3,
-        faulty={"error_round": 99},
-        resume_run=first.folder.name,
-        policy=strict(50.0),
-    )
+    resumed = carried_on(first, strict(50.0))
     assert check_receipt(resumed.folder)["rounds_done"] == 2
     for site in SITES:
         account = statement(resumed, site)
@@ -225,15 +230,7 @@ def test_a_job_that_reaches_the_budget_ends_with_the_model_it_has(
     tight = strict(plan.epsilon + 1e-3)
     first = interrupted(tmp_path, federation, tight)
     assert first.receipt["rounds_done"] == 1
-    resumed = simulate(
-        tmp_path,
-        first.experiment,
-        SITES,
-        threads=3,
-        faulty={"error_round": 99},
-        resume_run=first.folder.name,
-        policy=tight,
-    )
+    resumed = carried_on(first, tight)
     receipt = check_receipt(resumed.folder)
     assert receipt["rounds_done"] == 1
     assert "PRIVACY_BUDGET_SPENT" in receipt["reason"]
