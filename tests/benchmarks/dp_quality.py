@@ -72,6 +72,7 @@ class Row:
         pretrained: whether it starts from public weights; then there are no mean images, which would undo them.
         train: whether there are rounds at all.
         rate: factor on the job's sampling rate.
+        speed: factor on the job's learning rate.
         changes: to the job's privacy block, as JSON.
     """
 
@@ -80,6 +81,7 @@ class Row:
     pretrained: bool = False
     train: bool = True
     rate: float = 1.0
+    speed: float = 1.0
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,13 +103,13 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
         Row(name="pretrained weights alone, no steps", pretrained=True, train=False),
         Row(name="without mean images", changes={"mean_images": None}),
         Row(name="norms, attention, output only", changes={"trained": ["*attn*", "*norm*", "out.*"]}),
+        Row(name="pretrained, an eighth of the learning rate", pretrained=True, speed=0.125),
     ),
     "scans": (
         Row(name="pretrained, no steps", pretrained=True, train=False, changes=FEW),
         Row(name="ε = 8, all layers", pretrained=True, changes=FEW),
         Row(name="ε = 8, norms and output", pretrained=True, changes=FEW_LAYERS),
         Row(name="ε = 50, norms and output", epsilon=50.0, pretrained=True, changes=FEW_LAYERS),
-        Row(name="ε = ∞, norms and output", epsilon=None, pretrained=True, changes=FEW_LAYERS),
         Row(name="ε = ∞, all layers", epsilon=None, pretrained=True, changes=FEW),
     ),
 }
@@ -118,6 +120,7 @@ def experiment_of(row: Row) -> ExperimentConfig:
     job = json.loads(JOB.read_text())
     privacy, training = job["privacy"] | row.changes, job["training"]
     privacy["sampling_rate"] *= row.rate
+    training["learning_rate"] *= row.speed
     if row.pretrained:
         privacy["mean_images"] = None
     if privacy["mean_images"] is not None and row.epsilon in MEAN_IMAGE_SIGMA:
