@@ -204,7 +204,8 @@ def chunks(memory: Sequence[float], repeats: int) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads (default: %(default)s)")
+    help_threads = "PyTorch threads; with more than one, whoever shares the cores decides (default: %(default)s)"
+    parser.add_argument("--threads", type=int, default=1, help=help_threads)
     parser.add_argument("--repeats", type=int, default=15, help="interleaved repeats (default: %(default)s)")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
