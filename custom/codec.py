@@ -20,7 +20,7 @@ from custom.config import EXPERIMENT_FILE, ExperimentConfig
 from custom.egress import METRICS, WEIGHT
 from custom.strict import build
 
-TASK_RELEASE = "release"  # mean images before training, under differential privacy
+TASK_RELEASE = "release"  # the mean image before training, under differential privacy
 TASK_TRAIN = "train"
 TASK_EVALUATE = "evaluate"
 

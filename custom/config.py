@@ -17,9 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from custom.privacy_config import PrivacyConfig
 from custom.strict import ConfigError, build, require
 from medical_data.preprocess import PreprocessConfig
-from privacy.plan import AdaptiveClipping, DPConfig, DPPlan, calibrate
+from privacy.plan import DPConfig, DPPlan, calibrate
 
 EXPERIMENT_FILE = "experiment.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
@@ -171,65 +172,6 @@ class TrainingConfig:
             value=self.gradient_clip,
             remedy="give a positive norm",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeanImagesConfig:
-    """Mean images of the patients, released with noise before training; the server warms the network up on them.
-
-    After DP-FETA (arXiv:2504.01395). They are charged like any other release.
-
-    Attributes:
-        slabs: each patient's images are cut into so many parts of equal length, from the feet to the head, with a mean
-            image each.
-        clip_norm: bound on the L2 norm of all slab means of a patient together, air being 0 and the window's top 2.
-        noise_multiplier: σ of the release.
-        warm_up_steps: of the network on the released images, at the server.
-    """
-
-    clip_norm: float
-    noise_multiplier: float
-    slabs: int = 1
-    warm_up_steps: int = 300
-
-    def __post_init__(self) -> None:
-        for name, value, valid in (
-            ("clip_norm", self.clip_norm, self.clip_norm > 0),
-            ("noise_multiplier", self.noise_multiplier, self.noise_multiplier > 0),
-            ("slabs", self.slabs, self.slabs >= 1),
-            ("warm_up_steps", self.warm_up_steps, self.warm_up_steps >= 1),
-        ):
-            require(valid, argument=f"privacy.mean_images.{name}", value=value, remedy="give a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacyConfig:
-    """Patient-level DP-SGD at every site. Exactly one of ``target_epsilon`` and ``noise_multiplier`` is given.
-
-    Attributes:
-        patients: N as it is made known, the same for all sites: sums over patients are divided by it, so that no
-            site's own count leaves. A site with more patients weighs more.
-        delta, clip_norm, sampling_rate, draws_per_patient, target_epsilon, noise_multiplier, adaptive_clipping: as in
-            :class:`privacy.plan.DPConfig`.
-        mean_images: a release before training, inside the same budget; None for none.
-        trained: patterns (``fnmatch``) of the names of the parameters that are trained, such as ``*attn*`` or
-            ``out.*``; all others keep the weights they start with.
-    """
-
-    patients: int
-    delta: float
-    clip_norm: float
-    sampling_rate: float
-    draws_per_patient: int = 1
-    target_epsilon: float | None = None
-    noise_multiplier: float | None = None
-    adaptive_clipping: AdaptiveClipping | None = None
-    mean_images: MeanImagesConfig | None = None
-    trained: tuple[str, ...] = ("*",)
-
-    def __post_init__(self) -> None:
-        require(self.patients >= 1, argument="privacy.patients", value=self.patients, remedy="give at least 1")
-        require(len(self.trained) > 0, argument="privacy.trained", value=self.trained, remedy="give a pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +335,7 @@ class ExperimentConfig:
             target_epsilon=asked.target_epsilon,
             noise_multiplier=asked.noise_multiplier,
             adaptive_clipping=asked.adaptive_clipping,
-            release_noise_multiplier=None if asked.mean_images is None else asked.mean_images.noise_multiplier,
+            release_noise_multiplier=None if asked.mean_image is None else asked.mean_image.noise_multiplier,
         )
 
     @property
@@ -429,6 +371,11 @@ class ExperimentConfig:
             require(preset in PRESETS, argument="experiment.network", value=preset, remedy=remedy)
             values = {**values, "network": dataclasses.asdict(PRESETS[preset])}
         return build(cls, values, "experiment")
+
+    @classmethod
+    def of_job(cls, job: Path) -> ExperimentConfig:
+        """The experiment of a job folder, such as ``jobs/ct_ddpm``; raises like :meth:`load`."""
+        return cls.load(job / "app" / "config" / EXPERIMENT_FILE)
 
     @classmethod
     def load(cls, file: Path) -> ExperimentConfig:

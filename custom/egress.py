@@ -1,7 +1,7 @@
 """The complete list of what may leave a site, and the refusal of everything else.
 
 Under differential privacy nothing may leave but what was noised and charged: the weight difference and, if the job asks
-for them, the mean images before training; beside them a weight of 1 and no metric.
+for it, the mean image before training; beside them a weight of 1 and no metric.
 
 Knows nothing of NVFlare: :class:`custom.filters.egress_gate.EgressGate` and the executor apply it to every reply.
 """
@@ -22,7 +22,7 @@ from privacy.policy import RULES
 
 WEIGHT = "weight"
 METRICS = "metrics"
-MEAN_IMAGES = "mean_images"  # the one array of the release before training
+MEAN_IMAGE = "mean_image"  # the one array of the release before training
 
 # Beside NVFlare's own codes, what a site says when it refuses for privacy's sake: no more than which rule.
 BUDGET_SPENT = "PRIVACY_BUDGET_SPENT"
@@ -52,11 +52,11 @@ def statistics_that_leave(config: ExperimentConfig) -> frozenset[str]:
     return update_metrics(config) | evaluation_metrics(config) | counted
 
 
-def mean_image_shapes(config: ExperimentConfig) -> Shapes | None:
+def mean_image_shape(config: ExperimentConfig) -> Shapes | None:
     """Name and shape of the release before training; None if the job asks for none."""
-    if config.privacy is None or config.privacy.mean_images is None:
+    if config.privacy is None or config.privacy.mean_image is None:
         return None
-    return {MEAN_IMAGES: (config.privacy.mean_images.slabs, *config.image_shape)}
+    return {MEAN_IMAGE: config.image_shape}
 
 
 class EgressRefused(Exception):
@@ -66,13 +66,13 @@ class EgressRefused(Exception):
 def check_update(
     arrays: Mapping[str, Any], meta: Mapping[str, Any], *, shapes: Shapes, config: ExperimentConfig
 ) -> None:
-    """Let a weight difference, or the mean images before training, pass, or raise.
+    """Let a weight difference, or the mean image before training, pass, or raise.
 
     Args:
         arrays: what stands under the names of the model's tensors.
         meta: what is said beside them: ``weight`` and ``metrics``, nothing else.
         shapes: names and shapes of the model's tensors (:func:`custom.diffusion.networks.parameter_shapes`), or
-            :func:`mean_image_shapes`.
+            :func:`mean_image_shape`.
         config: the experiment; its ``max_update_norm`` bounds the L2 norm.
 
     Raises:

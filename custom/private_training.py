@@ -1,14 +1,14 @@
 """One local round under patient-level differential privacy, and what may be released before training.
 
 The plan decides sampling, clipping and noise (:mod:`privacy.dpsgd`); this file only says what a patient's draws and
-loss are. Nothing here but ``difference`` and the mean images is meant to leave the site.
+loss are. Nothing here but ``difference`` and the mean image is meant to leave the site.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from custom.config import ExperimentConfig, MeanImagesConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import Schedule, build_schedule
+from custom.privacy_config import MeanImageConfig
 from custom.strict import require
 from custom.training import TrainingDiverged, learning_rate, restore_optimizer, stored_optimizer
 from medical_data.cohort import Cohort
@@ -39,7 +40,7 @@ class PrivateUpdate:
 
     Attributes:
         difference: local minus global weights, float32 on the CPU, by name; zero where nothing is trained.
-        state: for the site's own state: AdamW's moments and step counts by name, and the clip norm.
+        state: for the site's own state: AdamW's moments and step counts by name, and an adaptive clip norm.
         event: the steps that ran, for the ledger.
     """
 
@@ -82,10 +83,11 @@ def train_private_round(
         TrainingDiverged: weights that are not finite.
         ConfigError: patterns of trained parameters that fit none.
     """
+    assert config.privacy is not None  # noqa: S101 - it has a plan
     network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
     network.load_state_dict(dict(weights))
     network.train()
-    parameters = trained_parameters(network, config)
+    parameters = trained_parameters(network, config.privacy.trained)
     training = config.training
     optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
     restore_optimizer(optimizer, parameters, {name: t for name, t in state.items() if name != CLIP_NORM})
@@ -96,12 +98,12 @@ def train_private_round(
         plan=plan,
         patients=len(training_patients(cohort)),
         chunk_size=patients_in_memory,
-        clip_norm=float(state[CLIP_NORM]) if CLIP_NORM in state and plan.config.adaptive_clipping else None,
+        clip_norm=float(state[CLIP_NORM]) if CLIP_NORM in state else None,
         randomness=randomness,
     )
     seed = secrets.randbits(63) if draws_seed is None else draws_seed
-    draw = PatientDraws(cohort, config, torch.Generator().manual_seed(seed), device)
-    for step in range(training.steps_per_round):
+    draw = PatientDraws(cohort, plan, config.schedule.timesteps, torch.Generator().manual_seed(seed), device)
+    for step in range(plan.config.steps_per_round):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, round_number * training.steps_per_round + step)
         sgd.step(draw)
@@ -111,20 +113,18 @@ def train_private_round(
     if not all(bool(tensor.isfinite().all()) for tensor in difference.values()):
         raise TrainingDiverged("weights = not finite: lower training.learning_rate")
     (event,) = sgd.events
-    return PrivateUpdate(
-        difference=difference,
-        state={**stored_optimizer(optimizer, parameters), CLIP_NORM: torch.tensor(sgd.clip_norm, dtype=torch.float64)},
-        event=event,
-    )
+    after = stored_optimizer(optimizer, parameters)
+    if plan.config.adaptive_clipping is not None:
+        after[CLIP_NORM] = torch.tensor(sgd.clip_norm, dtype=torch.float64)
+    return PrivateUpdate(difference=difference, state=after, event=event)
 
 
-def trained_parameters(network: nn.Module, config: ExperimentConfig) -> dict[str, nn.Parameter]:
-    """The parameters that the job trains, by name; all others are made constants.
+def trained_parameters(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters whose names fit a pattern (``fnmatch``), by name; all others are made constants.
 
     Raises:
         ConfigError: a pattern that fits no parameter.
     """
-    patterns = ("*",) if config.privacy is None else config.privacy.trained
     named = dict(network.named_parameters())
     for pattern in patterns:
         fits = any(fnmatchcase(name, pattern) for name in named)
@@ -161,19 +161,19 @@ class PatientDraws:
 
     Args:
         cohort: the site's images.
-        config: the experiment, for K and T.
+        plan: has K.
+        timesteps: T.
         generator: of everything drawn here.
         device: where the draws go.
     """
 
     def __init__(
-        self, cohort: Cohort, config: ExperimentConfig, generator: torch.Generator, device: torch.device
+        self, cohort: Cohort, plan: DPPlan, timesteps: int, generator: torch.Generator, device: torch.device
     ) -> None:
-        assert config.privacy is not None  # noqa: S101 - callers have a plan
         self._images = cohort.images
         self._rows = [np.flatnonzero(cohort.patient == patient) for patient in training_patients(cohort)]
-        self._draws = config.privacy.draws_per_patient
-        self._timesteps = config.schedule.timesteps
+        self._draws = plan.config.draws_per_patient
+        self._timesteps = timesteps
         self._generator = generator
         self._device = device
 
@@ -200,8 +200,8 @@ class PatientDraws:
         return ((order + inside) / self._draws).clamp(max=math.nextafter(1.0, 0.0))
 
 
-def release_mean_images(
-    cohort: Cohort, config: MeanImagesConfig, plan: DPPlan, *, randomness: Randomness | None = None
+def release_mean_image(
+    cohort: Cohort, config: MeanImageConfig, plan: DPPlan, *, randomness: Randomness | None = None
 ) -> Tensor:
     """The noisy mean of the training patients' own mean images, with air at 0.
 
@@ -210,25 +210,18 @@ def release_mean_images(
 
     Args:
         cohort: the site's images.
-        config: slabs and clip norm.
-        plan: has the noise multiplier, and N, by which the sum is divided.
+        config: the clip norm.
+        plan: has N, by which the sum is divided.
         randomness: of the noise; None for a new secure stream.
 
     Returns:
-        float32 [slabs, 1, *spatial].
+        float32 [1, *spatial].
     """
-    assert plan.release_event is not None  # noqa: S101 - callers release only what is planned
+    means = np.stack([cohort.images[cohort.patient == p].mean(axis=0) + 1 for p in training_patients(cohort)])
     total = noisy_clipped_sum(
-        torch.from_numpy(np.stack([_slab_means(cohort, p, config.slabs) for p in training_patients(cohort)])),
+        torch.from_numpy(means),
         clip_norm=config.clip_norm,
-        noise_multiplier=plan.release_event.noise_multiplier,
+        noise_multiplier=config.noise_multiplier,
         randomness=SecureRandomness() if randomness is None else randomness,
     )
     return (total / plan.patients).float()
-
-
-def _slab_means(cohort: Cohort, patient: int, slabs: int) -> NDArray[np.float32]:
-    """Mean image of each slab of one patient, air at 0, [slabs, 1, *spatial]; a slab without images is air."""
-    images = cohort.images[cohort.patient == patient] + 1
-    parts = np.array_split(images, slabs)
-    return np.stack([part.mean(axis=0) if len(part) else np.zeros_like(images[0]) for part in parts])

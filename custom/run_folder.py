@@ -5,7 +5,7 @@
     tensorboard/        the metrics again, for TensorBoard
     checkpoints/        after each round, the newest three
     samples/            a grid of samples every few rounds
-    mean_images.png     what the sites released before training, if they did (noisy)
+    mean_image.png      what the sites released before training, if they did (noisy)
     model.safetensors   the finished model    \\
     samples.png         its samples            | only if the run was completed
     metrics.json        its figures            |

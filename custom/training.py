@@ -97,16 +97,7 @@ def train_round(
         for group in optimizer.param_groups:
             group["lr"] = rate
         x0 = draw(training.batch_size).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        timesteps = torch.randint(config.schedule.timesteps, (len(x0),), generator=generator).to(device)
-        with mixed_precision(device):
-            loss = denoising_loss(network, schedule, x0, noise, timesteps).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if training.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(parameters.values(), training.gradient_clip)
-        optimizer.step()
-        total += loss.detach()
+        total += denoising_step(network, schedule, optimizer, x0, generator, gradient_clip=training.gradient_clip)
         if progress is not None:
             progress(step + 1, float(total) / (step + 1))
     train_loss = float(total) / training.steps_per_round
@@ -117,6 +108,37 @@ def train_round(
         optimizer=stored_optimizer(optimizer, parameters),
         metrics={"train_loss": train_loss, "held_out_loss": held_out, "seconds": time.monotonic() - start},
     )
+
+
+def denoising_step(
+    network: nn.Module,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    x0: Tensor,
+    generator: torch.Generator,
+    *,
+    gradient_clip: float | None,
+) -> Tensor:
+    """One optimizer step on the mean loss of images [B, 1, *spatial], with fresh noise and timesteps; returns the loss.
+
+    Args:
+        network: on the images' device.
+        schedule: forward process and prediction type.
+        optimizer: of the network.
+        x0: images in [-1, 1].
+        generator: of noise and timesteps, on the CPU.
+        gradient_clip: bound on the L2 norm of the gradient, or None.
+    """
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    timesteps = torch.randint(schedule.config.timesteps, (len(x0),), generator=generator).to(x0.device)
+    with mixed_precision(x0.device):
+        loss = denoising_loss(network, schedule, x0, noise, timesteps).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if gradient_clip is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), gradient_clip)
+    optimizer.step()
+    return loss.detach()
 
 
 def learning_rate(config: ExperimentConfig, step: int) -> float:

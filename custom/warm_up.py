@@ -1,7 +1,7 @@
-"""Learn from released mean images before training: everything here is made of what has left the sites, noisy, already.
+"""Learn from the released mean image before training: all here is made of what has left the sites, noisy, already.
 
 DP-FETA (arXiv:2504.01395) trains on the noisy central images themselves. Here the noise is first smoothed away and the
-network sees the images bent, moved, scaled, in other contrasts and with sharper edges: it learns to denoise bodies
+network sees the image bent, moved, scaled, in other contrasts and with sharper edges: it learns to denoise bodies
 rather than one picture, and the private steps that follow start nearer to the patients. Post-processing of a private
 release costs no privacy.
 """
@@ -12,17 +12,17 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from custom.config import ExperimentConfig
-from custom.device import mixed_precision
-from custom.diffusion.loss import denoising_loss
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
+from custom.training import denoising_step
 
 LEARNING_RATE = 2e-3
+GRADIENT_CLIP = 1.0
 BATCH_SIZE = 16
-VARIANTS = 1024  # of the released images; each is seen several times
+VARIANTS = 1024  # of the released image; each is seen several times
 
 SMOOTHING = 0.1  # weight of total variation (Chambolle 2004, doi:10.1023/B:JMIV.0000011325.36760.1e), in window units
 # How patients may differ from their mean, chosen without looking at any: ranges of the random transforms.
@@ -40,50 +40,43 @@ PLATEAU = (0.8, 1.0)  # and cut above this share of it
 
 
 def warmed_up(
-    weights: Mapping[str, Tensor], images: Tensor, config: ExperimentConfig, device: torch.device
+    weights: Mapping[str, Tensor], image: Tensor, config: ExperimentConfig, device: torch.device
 ) -> dict[str, Tensor]:
-    """Train on variants of the released mean images; deterministic given them.
+    """Train on variants of the released mean image; deterministic given it.
 
     Args:
         weights: where to start, by name.
-        images: [slabs, 1, *spatial], air at 0, as :func:`custom.private_training.release_mean_images` gives them, or
-            the mean of several sites'.
-        config: the experiment, with ``privacy.mean_images``.
+        image: [1, *spatial], air at 0, as :func:`custom.private_training.release_mean_image` gives it, or the mean of
+            several sites'.
+        config: the experiment, with ``privacy.mean_image``.
         device: where to compute.
 
     Returns:
         The new weights by name, on the CPU.
     """
-    assert config.privacy is not None and config.privacy.mean_images is not None  # noqa: S101, PT018
-    steps = config.privacy.mean_images.warm_up_steps
+    assert config.privacy is not None and config.privacy.mean_image is not None  # noqa: S101, PT018
+    steps = config.privacy.mean_image.warm_up_steps
     network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
     network.load_state_dict(dict(weights))
     network.train()
     schedule = build_schedule(config.schedule)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(config.seed)
-    pool = variants(images, count=min(VARIANTS, steps * BATCH_SIZE), seed=config.seed)
+    pool = variants(image, count=min(VARIANTS, steps * BATCH_SIZE), seed=config.seed)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         x0 = pool[torch.randint(len(pool), (BATCH_SIZE,), generator=generator)].to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        timesteps = torch.randint(config.schedule.timesteps, (len(x0),), generator=generator).to(device)
-        with mixed_precision(device):
-            loss = denoising_loss(network, schedule, x0, noise, timesteps).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        denoising_step(network, schedule, optimizer, x0, generator, gradient_clip=GRADIENT_CLIP)
     return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
 
 
-def variants(images: Tensor, *, count: int, seed: int) -> Tensor:
-    """Smoothed mean images, bent, moved, scaled, in other contrasts and with sharper edges.
+def variants(image: Tensor, *, count: int, seed: int) -> Tensor:
+    """The mean image smoothed, bent, moved, scaled, in other contrasts and with sharper edges.
 
     Args:
-        images: [slabs, 1, *spatial], air at 0 and the window's top at 2, with noise.
-        count: how many; the slabs take turns.
+        image: [1, *spatial], air at 0 and the window's top at 2, with noise.
+        count: how many.
         seed: determines them.
 
     Returns:
@@ -92,17 +85,14 @@ def variants(images: Tensor, *, count: int, seed: int) -> Tensor:
     from monai.transforms import Compose, RandAdjustContrast, RandAffine, RandGridDistortion
     from skimage.restoration import denoise_tv_chambolle
 
-    smooth = [
-        torch.from_numpy(denoise_tv_chambolle(image[0].double().numpy() / 2, weight=SMOOTHING)).float()[None]
-        for image in images
-    ]
+    smooth = torch.from_numpy(denoise_tv_chambolle(image[0].double().numpy() / 2, weight=SMOOTHING)).float()[None]
     vary = Compose(
         [
             RandAffine(
                 prob=1.0,
                 rotate_range=ROTATION_RAD,
                 shear_range=SHEAR,
-                translate_range=images.shape[-1] * SHIFT,
+                translate_range=image.shape[-1] * SHIFT,
                 scale_range=SCALE,
                 padding_mode="border",
             ),
@@ -110,7 +100,7 @@ def variants(images: Tensor, *, count: int, seed: int) -> Tensor:
             RandAdjustContrast(prob=1.0, gamma=GAMMA),
         ]
     ).set_random_state(seed)
-    made = torch.stack([vary(smooth[i % len(smooth)]).as_tensor() for i in range(count)])
+    made = torch.stack([vary(smooth).as_tensor() for _ in range(count)])
     return (_sharpened(made, seed) * 2 - 1).clamp(-1, 1)
 
 

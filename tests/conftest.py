@@ -12,12 +12,11 @@ import torch
 from custom.config import (
     ExperimentConfig,
     FederationConfig,
-    MeanImagesConfig,
     NetworkConfig,
-    PrivacyConfig,
     SamplingConfig,
     TrainingConfig,
 )
+from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
 
@@ -61,7 +60,7 @@ def private_experiment(experiment: ExperimentConfig) -> ExperimentConfig:
             clip_norm=1.0,
             sampling_rate=0.5,
             noise_multiplier=1.0,
-            mean_images=MeanImagesConfig(clip_norm=1.0, noise_multiplier=1.0, slabs=2, warm_up_steps=60),
+            mean_image=MeanImageConfig(clip_norm=1.0, noise_multiplier=1.0, warm_up_steps=60),
         ),
     )
 

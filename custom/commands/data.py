@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from custom.config import EXPERIMENT_FILE, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.site_file import load_site
 from medical_data.cohort import prepare_cohort
 from medical_data.deidentify import SECRET_BYTES, Pseudonymizer, site_secret
@@ -126,7 +126,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     site = load_site(args.site_file, args.site)
-    experiment = ExperimentConfig.load(args.job / "app" / "config" / EXPERIMENT_FILE)
+    experiment = ExperimentConfig.of_job(args.job)
     cohort = prepare_cohort(
         source=site.source,
         preprocess=experiment.preprocess,

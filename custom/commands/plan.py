@@ -31,15 +31,17 @@ def run(options: argparse.Namespace) -> int:
     from custom.config import ExperimentConfig, privacy_plan
     from custom.egress import statistics_that_leave
     from custom.site_file import load_site
-    from custom.strict import require
+    from custom.strict import ConfigError, require
     from privacy.policy import PolicyRefused
 
     asked = (options.site_file is None) == (options.site is None)
     require(asked, argument="--site", value=options.site, remedy="give --site-file and --site together")
-    experiment = ExperimentConfig.load(experiment_file(options.job))
+    experiment = ExperimentConfig.of_job(options.job)
     plan = privacy_plan(experiment)
     print(f"{experiment.name}: no differential privacy" if plan is None else plan.describe())
-    if plan is not None and options.json is not None:
+    if options.json is not None:
+        if plan is None:
+            raise ConfigError(f"--json = {options.json}: leave it out; {experiment.name} has no plan to write")
         write_atomically(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
     if options.site is None:
         return 0
@@ -57,18 +59,3 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(f"{options.site}'s policy lets it pass with {patients} patients; its ledger decides when the job runs")
     return 0
-
-
-def experiment_file(job: Path) -> Path:
-    """The experiment of a job folder.
-
-    Raises:
-        ConfigError: none or several.
-    """
-    from custom.config import EXPERIMENT_FILE
-    from custom.strict import require
-
-    found = sorted(job.rglob(EXPERIMENT_FILE))
-    remedy = f"give a job folder with one {EXPERIMENT_FILE}"
-    require(len(found) == 1, argument="job", value=str(job), remedy=remedy)
-    return found[0]

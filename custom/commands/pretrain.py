@@ -37,7 +37,6 @@ def run(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from custom.commands.plan import experiment_file
     from custom.config import ExperimentConfig, FederationConfig, TrainingConfig
     from custom.device import use
     from custom.diffusion.networks import build_network
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from medical_data.cohort import DataLimits, EmbeddedSource, prepare_cohort
 
     require(not options.out.exists(), argument="out", value=str(options.out), remedy="exists; give a new file")
-    job = ExperimentConfig.load(experiment_file(options.job))
+    job = ExperimentConfig.of_job(options.job)
     config = replace(
         job,
         name="pretrained",

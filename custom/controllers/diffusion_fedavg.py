@@ -40,7 +40,7 @@ from custom.diffusion.ema import updated_ema
 from custom.diffusion.networks import Shapes, build_network, parameter_shapes
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
-from custom.egress import BUDGET_SPENT, MEAN_IMAGES, EgressRefused, check_metrics, evaluation_metrics, mean_image_shapes
+from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.model_file import ModelFile, load_model, save_model
 from custom.pictures import grey_levels, sample_grid
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
@@ -97,20 +97,21 @@ class DiffusionFedAvg(FedAvg):
         self.info(f"completed: {folder.path / 'receipt.json'}")
 
     def _prepared(self, experiment: ExperimentConfig, folder: RunFolder, server: ServerConfig) -> ModelFile:
-        """The model before the first round: fresh or given weights, warmed up on the sites' noisy mean images."""
+        """The model before the first round: fresh or given weights, warmed up on the sites' noisy mean image."""
         model = _initial_model(experiment)
         if experiment.start_from is not None:
             weights = start_weights(server.models, experiment)
+            self.info(f"starting from the model {experiment.start_from}")
             model = replace(model, weights=weights, ema=weights)
-        shapes = mean_image_shapes(experiment)
+        shapes = mean_image_shape(experiment)
         if shapes is None:
             return model
         sites = sorted(client.name for client in self.engine.get_clients())
-        self.info(f"mean images before training: asking {', '.join(sites)}")
+        self.info(f"mean image before training: asking {', '.join(sites)}")
         average = self._ask(TASK_RELEASE, {}, _header(experiment, folder, 0), sites, shapes, experiment)
-        images = torch.from_numpy(average.mean()[MEAN_IMAGES])
-        _grid((images - 1).clamp(-1, 1).numpy(), folder.path / "mean_images.png", experiment, "noisy mean images")
-        weights = warmed_up(model.weights, images, experiment, self._device)
+        image = torch.from_numpy(average.mean()[MEAN_IMAGE])
+        _grid((image[None] - 1).clamp(-1, 1).numpy(), folder.path / "mean_image.png", experiment, "noisy mean image")
+        weights = warmed_up(model.weights, image, experiment, self._device)
         model = replace(model, weights=weights, ema=weights)
         folder.save_round(model)  # a resumed run does not ask, and charge, the sites again
         return model
@@ -294,13 +295,13 @@ def start_weights(models: Path, experiment: ExperimentConfig) -> dict[str, Tenso
             f"start_from = {experiment.start_from!r}: no {file}; make it: fedct pretrain jobs/{experiment.name} {file}"
         )
     given = load_model(file)
-    for name in ("network", "schedule"):
-        ours, theirs = getattr(experiment, name), getattr(given.experiment, name)
-        require(ours == theirs, argument=f"start_from.{name}", value=theirs, remedy=f"this job has {ours}")
-    dims = given.experiment.preprocess.spatial_dims
-    require(
-        dims == experiment.preprocess.spatial_dims, argument="start_from.spatial_dims", value=dims, remedy="another"
-    )
+    for name, theirs, ours in (
+        ("network", given.experiment.network, experiment.network),
+        ("schedule", given.experiment.schedule, experiment.schedule),
+        ("spatial_dims", given.experiment.preprocess.spatial_dims, experiment.preprocess.spatial_dims),
+    ):
+        remedy = f"this job has {ours}; name a model that was made for it"
+        require(ours == theirs, argument=f"start_from.{name}", value=theirs, remedy=remedy)
     return given.ema
 
 

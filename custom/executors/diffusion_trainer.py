@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from torch import Tensor
 
 from custom.codec import (
     SAMPLES,
@@ -37,18 +39,19 @@ from custom.config import ExperimentConfig, privacy_plan
 from custom.device import use
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
-from custom.egress import BUDGET_SPENT, MEAN_IMAGES, POLICY_CODES, evaluation_metrics, statistics_that_leave
+from custom.egress import BUDGET_SPENT, MEAN_IMAGE, POLICY_CODES, evaluation_metrics, statistics_that_leave
 from custom.evaluation import MIN_IMAGES, evaluate
 from custom.filters.egress_gate import passed
 from custom.pictures import real_and_generated
-from custom.private_training import release_mean_images, train_private_round, training_patients
+from custom.privacy_config import MeanImageConfig
+from custom.private_training import release_mean_image, train_private_round, training_patients
 from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
 from custom.site_state import SiteState
 from custom.strict import require
 from custom.training import held_out_loss, train_round
 from medical_data.cohort import Cohort, prepare_cohort
-from privacy.errors import PrivacyError
+from privacy.accounting import MechanismEvent
 from privacy.ledger import Attempt, BudgetExceeded, Ledger, Run
 from privacy.plan import RELEASE_BEFORE_TRAINING, DPPlan, round_release
 from privacy.policy import PolicyRefused
@@ -90,6 +93,14 @@ class _Site:
         ledger.reserve(run, plan.releases(), budgets=budgets)
         return ledger, ledger.begin(run, release, budgets=budgets)
 
+    def charged(
+        self, ledger: Ledger, attempt: Attempt, event: MechanismEvent, arrays: Mapping[str, Tensor]
+    ) -> Shareable:
+        """The reply with what was released, once the gate has passed it and the ledger has charged it."""
+        reply = passed(update_reply(arrays, weight=1.0, metrics={}), self.experiment)
+        ledger.charge(attempt, event, sha256=release_sha256(arrays), budgets=self.config.policy.budgets)
+        return reply
+
     def _cohort(self) -> Cohort:
         start = time.monotonic()
         cohort = prepare_cohort(
@@ -128,8 +139,8 @@ class DiffusionTrainer(Executor):
                 reply = _train_privately(site, site.plan, arrays, header)
             elif task_name == TASK_TRAIN:
                 reply = _train(site, arrays, header)
-            elif task_name == TASK_RELEASE and site.plan is not None:
-                reply = _release(site, site.plan, header)
+            elif task_name == TASK_RELEASE and experiment.privacy and experiment.privacy.mean_image and site.plan:
+                reply = _release(site, site.plan, experiment.privacy.mean_image, header)
             elif task_name == TASK_EVALUATE:
                 reply = _evaluate(site, arrays, header)
             else:
@@ -137,12 +148,10 @@ class DiffusionTrainer(Executor):
             return passed(reply, experiment)
         except Aborted:
             return make_reply(ReturnCode.TASK_ABORTED)
-        except BudgetExceeded as error:
-            self.log_error(fl_ctx, f"{task_name} refused; nothing leaves this site: {error}")
-            return make_reply(BUDGET_SPENT)
-        except PolicyRefused as error:
-            self.log_error(fl_ctx, f"{task_name} refused by this site's policy; nothing leaves it: {error}")
-            return make_reply(POLICY_CODES[error.rule])
+        except (BudgetExceeded, PolicyRefused) as error:
+            # A warning, because kits may stream errors to the server, and this one may name the exact patient count.
+            self.log_warning(fl_ctx, f"{task_name} refused by this site; nothing leaves it: {error}")
+            return make_reply(POLICY_CODES[error.rule] if isinstance(error, PolicyRefused) else BUDGET_SPENT)
         except Exception:
             self.log_exception(fl_ctx, f"{task_name} failed; nothing of it leaves this site")
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
@@ -215,8 +224,7 @@ def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHead
         patients_in_memory=site.config.hardware.patients_in_memory,
         progress=progress,
     )
-    reply = passed(update_reply(update.difference, weight=1.0, metrics={}), experiment)
-    ledger.charge(attempt, update.event, sha256=release_sha256(update.difference), budgets=site.config.policy.budgets)
+    reply = site.charged(ledger, attempt, update.event, update.difference)
     # After the charge: what a later round builds on has been paid for.
     state.save(round_number, update.state)
     spent = plan.epsilon_by_round[round_number]
@@ -224,17 +232,13 @@ def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHead
     return reply
 
 
-def _release(site: _Site, plan: DPPlan, header: TaskHeader) -> Shareable:
-    """The mean images before training."""
-    asked = site.experiment.privacy
-    if asked is None or asked.mean_images is None or plan.release_event is None:
-        raise PrivacyError(argument="task", value=TASK_RELEASE, remedy="the job's privacy block plans no mean images")
+def _release(site: _Site, plan: DPPlan, asked: MeanImageConfig, header: TaskHeader) -> Shareable:
+    """The mean image before training."""
     cohort = site.admitted()
     ledger, attempt = site.begin(plan, header, RELEASE_BEFORE_TRAINING)
-    released = {MEAN_IMAGES: release_mean_images(cohort, asked.mean_images, plan)}
-    reply = passed(update_reply(released, weight=1.0, metrics={}), site.experiment)
-    ledger.charge(attempt, plan.release_event, sha256=release_sha256(released), budgets=site.config.policy.budgets)
-    site.say(f"mean images released with noise multiplier {plan.release_event.noise_multiplier:g} and charged")
+    event = plan.releases()[RELEASE_BEFORE_TRAINING]
+    reply = site.charged(ledger, attempt, event, {MEAN_IMAGE: release_mean_image(cohort, asked, plan)})
+    site.say(f"mean image released with noise multiplier {event.noise_multiplier:g} and charged")
     return reply
 
 

@@ -17,7 +17,7 @@ from custom.egress import (
     check_metrics,
     check_update,
     evaluation_metrics,
-    mean_image_shapes,
+    mean_image_shape,
 )
 
 # All that a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
@@ -58,7 +58,7 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     dxo = from_shareable(reply)
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
         shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
-        before_training = mean_image_shapes(config)
+        before_training = mean_image_shape(config)
         if before_training is not None and set(dxo.data) == set(before_training):
             shapes = before_training
         check_update(dxo.data, reply_meta(dxo.meta), shapes=shapes, config=config)

@@ -42,7 +42,7 @@ from custom.diffusion.schedule import build_schedule
 from custom.evaluation import evaluate
 from custom.model_file import ModelFile, load_model
 from custom.pictures import grids
-from custom.private_training import release_mean_images, train_private_round
+from custom.private_training import release_mean_image, train_private_round
 from custom.site_file import HardwareConfig, load_site
 from custom.training import held_out_loss, train_round
 from custom.warm_up import warmed_up
@@ -101,7 +101,7 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
         Row(name="4 draws at a quarter of the rate", rate=0.25, changes={"draws_per_patient": 4}),
         Row(name="mean images alone, no steps", train=False),
         Row(name="pretrained weights alone, no steps", pretrained=True, train=False),
-        Row(name="without mean images", changes={"mean_images": None}),
+        Row(name="without mean images", changes={"mean_image": None}),
         Row(name="norms, attention, output only", changes={"trained": ["*attn*", "*norm*", "out.*"]}),
         Row(name="pretrained, an eighth of the learning rate", pretrained=True, speed=0.125),
     ),
@@ -122,9 +122,9 @@ def experiment_of(row: Row) -> ExperimentConfig:
     privacy["sampling_rate"] *= row.rate
     training["learning_rate"] *= row.speed
     if row.pretrained:
-        privacy["mean_images"] = None
-    if privacy["mean_images"] is not None and row.epsilon in MEAN_IMAGE_SIGMA:
-        privacy["mean_images"] |= {"noise_multiplier": MEAN_IMAGE_SIGMA[row.epsilon]}
+        privacy["mean_image"] = None
+    if privacy["mean_image"] is not None and row.epsilon in MEAN_IMAGE_SIGMA:
+        privacy["mean_image"] |= {"noise_multiplier": MEAN_IMAGE_SIGMA[row.epsilon]}
     if row.epsilon is None:  # as many images, in the batches and with the rates of the main job
         images = privacy["sampling_rate"] * privacy["patients"] * privacy["draws_per_patient"]
         plain = json.loads(MAIN_JOB.read_text())["training"]
@@ -136,11 +136,11 @@ def experiment_of(row: Row) -> ExperimentConfig:
 
 def federate(config: ExperimentConfig, cohorts: list[Cohort], start: Weights, *, train: bool) -> Weights:
     """A whole run, one site after the other."""
-    plan, images = privacy_plan(config), None
-    if plan is not None and config.privacy is not None and config.privacy.mean_images is not None:
-        asked = config.privacy.mean_images
-        images = torch.stack([release_mean_images(cohort, asked, plan) for cohort in cohorts]).mean(dim=0)
-        start = warmed_up(start, images, config, CPU)
+    plan = privacy_plan(config)
+    if plan is not None and config.privacy is not None and config.privacy.mean_image is not None:
+        asked = config.privacy.mean_image
+        image = torch.stack([release_mean_image(cohort, asked, plan) for cohort in cohorts]).mean(dim=0)
+        start = warmed_up(start, image, config, CPU)
     model = ModelFile(experiment=config, rounds_done=0, weights=dict(start), ema=dict(start))
     states: list[Weights] = [{} for _ in cohorts]
     for number in range(config.federation.rounds if train else 0):

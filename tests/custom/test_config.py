@@ -82,7 +82,7 @@ PRIVACY = {
     "clip_norm": 1.0,
     "sampling_rate": 0.1,
     "noise_multiplier": 1.5,
-    "mean_images": {"clip_norm": 20.0, "noise_multiplier": 4.0},
+    "mean_image": {"clip_norm": 20.0, "noise_multiplier": 4.0},
 }
 
 
@@ -124,8 +124,7 @@ def test_the_plan_is_that_of_the_experiment(experiment: ExperimentConfig) -> Non
         ("privacy.patients", 0, "patients"),
         ("privacy.trained", [], "trained"),
         ("privacy.epsilon", 8.0, "epsilon"),
-        ("privacy.mean_images.slabs", 0, "slabs"),
-        ("privacy.mean_images.noise_multiplier", 0.0, "noise_multiplier"),
+        ("privacy.mean_image.noise_multiplier", 0.0, "noise_multiplier"),
         ("privacy.adaptive_clipping", {"target_quantile": 0.5}, "adaptive_clipping"),
         ("start_from", "../models/a", "start_from"),
     ],

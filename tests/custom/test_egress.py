@@ -16,12 +16,12 @@ from custom.diffusion.networks import Shapes, parameter_shapes
 from custom.egress import (
     BUDGET_SPENT,
     EVALUATION_METRICS,
-    MEAN_IMAGES,
+    MEAN_IMAGE,
     POLICY_CODES,
     EgressRefused,
     check_metrics,
     check_update,
-    mean_image_shapes,
+    mean_image_shape,
     statistics_that_leave,
 )
 from custom.filters.egress_gate import passed
@@ -222,17 +222,17 @@ def test_gate_passes_no_other_code(code: Any, experiment: ExperimentConfig) -> N
 
 
 @pytest.fixture
-def mean_images() -> Arrays:
-    return {MEAN_IMAGES: np.zeros((2, 1, 16, 16), np.float32)}
+def mean_image() -> Arrays:
+    return {MEAN_IMAGE: np.zeros((1, 16, 16), np.float32)}
 
 
 def test_what_was_noised_leaves_and_no_statistic_beside_it(
-    arrays: Arrays, mean_images: Arrays, private_experiment: ExperimentConfig, experiment: ExperimentConfig
+    arrays: Arrays, mean_image: Arrays, private_experiment: ExperimentConfig, experiment: ExperimentConfig
 ) -> None:
     assert statistics_that_leave(private_experiment) == frozenset()
     assert {"weight", "train_loss", "effnet_kid"} < statistics_that_leave(experiment)
     bare = {"weight": 1.0, "metrics": {}}
-    for released in (arrays, mean_images):
+    for released in (arrays, mean_image):
         reply = reply_of(released, bare)
         assert passed(reply, private_experiment) is reply
         for name in ("train_loss", "held_out_loss", "seconds"):
@@ -251,24 +251,24 @@ def test_no_figure_of_an_evaluation_leaves(name: str, private_experiment: Experi
 
 
 @pytest.mark.parametrize("spoil", [with_nan, misshapen, in_double, with_extra, in_a_subclass])
-def test_bad_mean_images_are_refused(
-    spoil: Callable[[Arrays], None], mean_images: Arrays, private_experiment: ExperimentConfig
+def test_bad_mean_image_are_refused(
+    spoil: Callable[[Arrays], None], mean_image: Arrays, private_experiment: ExperimentConfig
 ) -> None:
-    spoil(mean_images)
+    spoil(mean_image)
     with pytest.raises(EgressRefused, match=r"tensor"):
         check_update(
-            mean_images,
+            mean_image,
             {"weight": 1.0, "metrics": {}},
-            shapes=mean_image_shapes(private_experiment) or {},
+            shapes=mean_image_shape(private_experiment) or {},
             config=private_experiment,
         )
 
 
-def test_mean_images_leave_only_where_the_job_plans_them(
-    mean_images: Arrays, meta: dict[str, Any], private_experiment: ExperimentConfig, experiment: ExperimentConfig
+def test_mean_image_leave_only_where_the_job_plans_them(
+    mean_image: Arrays, meta: dict[str, Any], private_experiment: ExperimentConfig, experiment: ExperimentConfig
 ) -> None:
     assert private_experiment.privacy is not None
-    without = replace(private_experiment, privacy=replace(private_experiment.privacy, mean_images=None))
+    without = replace(private_experiment, privacy=replace(private_experiment.privacy, mean_image=None))
     for config, said in ((experiment, meta), (without, {"weight": 1.0, "metrics": {}})):
         with pytest.raises(EgressRefused, match="tensor"):
-            passed(reply_of(mean_images, said), config)
+            passed(reply_of(mean_image, said), config)

@@ -59,5 +59,7 @@ def test_a_site_without_its_file_and_a_folder_without_a_job_are_refused(
 ) -> None:
     assert main(["plan", str(PRIVATE), "--site", "a"]) == 2
     assert "--site-file" in capsys.readouterr().err
+    assert main(["plan", str(PLAIN), "--json", str(tmp_path / "plan.json")]) == 2
+    assert "no plan" in capsys.readouterr().err
     assert main(["plan", str(tmp_path)]) == 2
     assert "experiment.json" in capsys.readouterr().err

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from custom.cli import main
-from custom.config import ExperimentConfig, NetworkConfig, PrivacyConfig, TrainingConfig
+from custom.config import ExperimentConfig, NetworkConfig, TrainingConfig
 from custom.controllers.diffusion_fedavg import start_weights
 from custom.diffusion.networks import build_network
 from custom.model_file import load_model
+from custom.privacy_config import PrivacyConfig
 from custom.strict import ConfigError
 
 

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 from simulator import REPOSITORY, Run, simulate
 
 from custom.cli import main
-from custom.config import ExperimentConfig, MeanImagesConfig, PrivacyConfig, TrainingConfig, privacy_plan
+from custom.config import ExperimentConfig, TrainingConfig, privacy_plan
 from custom.diffusion.networks import parameter_shapes
-from custom.egress import MEAN_IMAGES
+from custom.egress import MEAN_IMAGE
+from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
 from custom.site_ledger import open_ledger
 from privacy.accounting import MechanismEvent, epsilon
@@ -43,7 +44,7 @@ def federation(experiment: ExperimentConfig) -> ExperimentConfig:
             sampling_rate=0.5,
             draws_per_patient=2,
             noise_multiplier=1.5,
-            mean_images=MeanImagesConfig(clip_norm=13.0, noise_multiplier=4.0, warm_up_steps=5),
+            mean_image=MeanImageConfig(clip_norm=13.0, noise_multiplier=4.0, warm_up_steps=5),
         ),
     )
 
@@ -94,7 +95,7 @@ def test_it_completes_with_model_and_pictures(completed: Run, plan: DPPlan) -> N
     receipt = check_receipt(completed.folder)
     assert receipt["reason"] is None
     assert receipt["participants"] == {"0": SITES, "1": SITES}
-    for name in ("samples.png", "mean_images.png", "model.safetensors"):
+    for name in ("samples.png", "mean_image.png", "model.safetensors"):
         assert (completed.folder / name).stat().st_size > 0
     assert f"({plan.epsilon:.3f}, {DELTA:g})" in completed.output, "the server prints the plan"
     for site in SITES:
@@ -132,7 +133,7 @@ def test_all_that_leaves_is_on_the_list(completed: Run, federation: ExperimentCo
         left.add("weight")
     assert len(replies(completed, site)) == 4, "mean images, two rounds, and the empty answer to the evaluation"
     assert left == listed() - {"return code"}
-    assert left == {"weight difference", MEAN_IMAGES, "weight"}
+    assert left == {"weight difference", MEAN_IMAGE, "weight"}
 
 
 def test_the_server_has_no_figure_of_a_site(completed: Run) -> None:
