@@ -30,8 +30,7 @@ def use(hardware: HardwareConfig) -> torch.device:
 def keep_freed_memory() -> None:
     """Tell glibc, where it is the allocator, to keep freed memory instead of returning it to the system.
 
-    Otherwise it returns some after a training step and takes it back page by page in the next, which cost up to a fifth
-    of a step on a virtual machine.
+    Otherwise it returns some after a training step and takes it back page by page in the next.
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -96,8 +96,8 @@ class PrivacyPolicy:
         min_patients: a job that trains on fewer is refused.
         max_rounds: each round is a release; None sets no limit.
         min_noise_multiplier: floor under σ of the steps and of the release before training.
-        max_clip_norm: ceiling on C, with adaptive clipping on the highest it can reach; None sets no limit. At a given
-            σ it changes no ε: it bounds how far one patient moves the model, noise or not.
+        max_clip_norm: ceiling on the steps' C, with adaptive clipping on the highest it can reach; None sets no limit.
+            At a given σ it changes no ε: it bounds how far one patient moves the model, noise or not.
         may_leave: names of the statistics that may leave beside the model update.
 
     Raises:

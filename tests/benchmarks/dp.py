@@ -15,8 +15,7 @@ rate is 1, so that each step has exactly as many images as the one that it is co
 change their number from step to step.
 
 glibc gives freed memory back to the system after some steps and not after others, and takes it again page by page,
-which cost up to a fifth of a step on a virtual machine, with DP or without, as the order of allocations had it. Here
-it keeps what it has, for all candidates.
+with DP or without, as the order of allocations had it. Here it keeps what it has, for all candidates, as at a site.
 
 Memory is the peak of a fresh process that makes a few steps, less that of one that makes none.
 """

@@ -69,7 +69,7 @@ class Row:
     Attributes:
         name: in the table and of its files.
         epsilon: target; None without differential privacy.
-        pretrained: whether it starts from public weights; then there are no mean images, which would undo them.
+        pretrained: whether it starts from public weights; then there is no mean image, which would undo them.
         train: whether there are rounds at all.
         rate: factor on the job's sampling rate.
         speed: factor on the job's learning rate.
@@ -99,9 +99,9 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
     ),
     "ablation": (
         Row(name="4 draws at a quarter of the rate", rate=0.25, changes={"draws_per_patient": 4}),
-        Row(name="mean images alone, no steps", train=False),
+        Row(name="mean image alone, no steps", train=False),
         Row(name="pretrained weights alone, no steps", pretrained=True, train=False),
-        Row(name="without mean images", changes={"mean_image": None}),
+        Row(name="without the mean image", changes={"mean_image": None}),
         Row(name="norms, attention, output only", changes={"trained": ["*attn*", "*norm*", "out.*"]}),
         Row(name="pretrained, an eighth of the learning rate", pretrained=True, speed=0.125),
     ),

@@ -17,8 +17,9 @@ from simulator import REPOSITORY, Run, simulate
 
 from custom.cli import main
 from custom.config import ExperimentConfig, TrainingConfig, privacy_plan
-from custom.diffusion.networks import parameter_shapes
+from custom.diffusion.networks import build_network, parameter_shapes
 from custom.egress import MEAN_IMAGE
+from custom.model_file import ModelFile, save_model
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
 from custom.site_ledger import open_ledger
@@ -62,8 +63,13 @@ def strict(epsilon: float) -> str:
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory: pytest.TempPathFactory, federation: ExperimentConfig, plan: DPPlan) -> Run:
-    """One run at sites whose budget it uses up; every task is a fresh process."""
+    """One run, from given weights, at sites whose budget it uses up; every task is a fresh process."""
     base = tmp_path_factory.mktemp("private")
+    federation = replace(federation, start_from="phantom")
+    network = build_network(federation.network, spatial_dims=2, seed=99)
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    model = ModelFile(experiment=federation, rounds_done=1, weights=weights, ema=weights)
+    save_model(base / "models" / "phantom.safetensors", model)
     return simulate(base, federation, SITES, threads=1, recorded=base / "left", policy=strict(plan.epsilon + 1e-3))
 
 
@@ -94,6 +100,7 @@ def test_it_completes_with_model_and_pictures(completed: Run, plan: DPPlan) -> N
     assert completed.returncode == 0, completed.output
     receipt = check_receipt(completed.folder)
     assert receipt["reason"] is None
+    assert "starting from the model phantom" in completed.output
     assert receipt["participants"] == {"0": SITES, "1": SITES}
     for name in ("samples.png", "mean_image.png", "model.safetensors"):
         assert (completed.folder / name).stat().st_size > 0
@@ -131,7 +138,7 @@ def test_all_that_leaves_is_on_the_list(completed: Run, federation: ExperimentCo
         left |= set(meta.pop("initial_metrics"))
         assert meta == {"weight": 1.0}
         left.add("weight")
-    assert len(replies(completed, site)) == 4, "mean images, two rounds, and the empty answer to the evaluation"
+    assert len(replies(completed, site)) == 4, "the mean image, two rounds, and the empty answer to the evaluation"
     assert left == listed() - {"return code"}
     assert left == {"weight difference", MEAN_IMAGE, "weight"}
 
@@ -173,11 +180,20 @@ def test_a_second_job_on_the_same_patients_is_refused_before_it_trains(
     assert after.total.spent == before.total.spent
 
 
-def test_a_job_that_asks_for_less_privacy_is_refused_by_rule(federation: ExperimentConfig, tmp_path: Path) -> None:
-    refused = simulate(tmp_path, federation, SITES, threads=3, policy=strict(0.1))
+@pytest.mark.parametrize(
+    ("private", "rule"), [(True, "SITE_POLICY_BUDGETS_PER_JOB_EPSILON"), (False, "SITE_POLICY_REQUIRED")]
+)
+def test_a_job_that_asks_for_less_privacy_is_refused_by_rule(
+    federation: ExperimentConfig, experiment: ExperimentConfig, private: bool, rule: str, tmp_path: Path
+) -> None:
+    job = federation if private else replace(experiment, name="plain")
+    refused = simulate(tmp_path, job, SITES, threads=3, policy=strict(0.1))
     assert refused.receipt["status"] == "failed"
-    assert "SITE_POLICY_BUDGETS_PER_JOB_EPSILON" in refused.receipt["reason"]
+    assert rule in refused.receipt["reason"]
     assert not list((tmp_path / "sites").rglob("ledger.sqlite"))
+    assert not list((tmp_path / "sites").rglob("round_*.safetensors")), "it was refused before it trained"
+    errors = [file.read_text() for file in (tmp_path / "workspace").rglob("error_log.txt")]
+    assert not any("refused by this site" in text for text in errors), "kits may stream errors to the server"
 
 
 # ---- a site that dies in the middle of a round
@@ -226,7 +242,7 @@ def test_a_round_that_repeats_is_charged_again_with_other_noise(
 
 
 def test_a_job_that_reaches_the_budget_ends_with_the_model_it_has(
-    federation: ExperimentConfig, plan: DPPlan, tmp_path: Path
+    federation: ExperimentConfig, plan: DPPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tight = strict(plan.epsilon + 1e-3)
     first = interrupted(tmp_path, federation, tight)
@@ -239,3 +255,4 @@ def test_a_job_that_reaches_the_budget_ends_with_the_model_it_has(
     for site in SITES:
         assert statement(resumed, site).total.spent <= plan.epsilon + 1e-3
     assert main(["receipt", str(resumed.folder)]) == 0
+    assert "ended early" in capsys.readouterr().out
