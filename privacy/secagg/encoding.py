@@ -91,7 +91,8 @@ class Encoding:
     @property
     def levels(self) -> int:
         """q: what a site's bound becomes, so far below (2^(b-1) - 1)/n that rounding cannot pass that."""
-        return math.floor((2 ** (self.ring_bits - 1) - 1) / self.parties * (1 - _FLOAT32_ROOM))
+        most = int(2 ** (self.ring_bits - 1) - 1) / self.parties
+        return math.floor(most * (1 - _FLOAT32_ROOM))
 
     @property
     def dtype(self) -> np.dtype[Any]:
