@@ -248,7 +248,8 @@ def _epsilons(histories: tuple[_History, ...], deltas: tuple[float, ...]) -> tup
     try:
         bounds, accountant = _prv(histories, deltas), "prv"
     except _PrvFailed:
-        bounds, accountant = [[_rdp(history, delta) for delta in deltas] for history in histories], "rdp"
+        bounds = [[_rdp(history, delta) if history else 0.0 for delta in deltas] for history in histories]
+        accountant = "rdp"
     return tuple(
         tuple(
             Spent(epsilon=max(0.0, bound), accountant=accountant) if history else Spent(epsilon=0.0, accountant="none")  # type: ignore[arg-type]

@@ -132,6 +132,11 @@ class Client:
         """This site's name."""
         return self._identity.party
 
+    @property
+    def parties(self) -> int:
+        """n of the roster."""
+        return len(self._roster.adverts)
+
     def share(self, roster: Roster, *, size: int) -> tuple[Sealed, ...]:
         """Stage 1: check who takes part, and deal out shares of both secrets, sealed to each peer.
 
@@ -327,7 +332,7 @@ class Client:
         self.stage = then
 
     def _threshold(self) -> int:
-        return self._rules.threshold(len(self._roster.adverts))
+        return self._rules.threshold(self.parties)
 
     def _all_masks(self) -> list[Mask]:
         mine = [self_mask(self._secrets.seed, binding=self._binding, owner=self.advert)]

@@ -9,8 +9,9 @@ mean is Σ w x / Σ w.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from privacy.secagg.errors import EncodingRefused
 
 # At 16 bits a site has 65534/n levels: beyond ten sites too few for a model update.
 MOST_PARTIES_AT_16_BITS = 10
-_BLOCK = 1 << 15  # numbers that stay in the cache
+_BLOCK = 1 << 16  # numbers that stay in the cache
 # Bound, scale and product are float32: together they may come out larger by less than this share.
 _FLOAT32_ROOM = 2.0**-21
 
@@ -108,15 +109,18 @@ class Encoding:
         rounding = parties * 0.5 * bound * self.max_weight / self.levels
         return 2 * rounding / total_weight + _FLOAT32_ROOM * bound
 
-    def encode(self, values: Mapping[str, NDArray[Any]], *, weight: float) -> Vector:
+    def encode(self, values: Mapping[str, NDArray[Any]], *, weight: float, onto: Vector | None = None) -> Vector:
         """One site's vector, [size].
 
         Args:
             values: an array of real numbers under each block's name.
             weight: positive; the values are multiplied by it.
+            onto: a vector of the ring, [size], such as a sum of masks, to which the encoded one is added in place: one
+                pass over memory instead of two, and no second vector. A refusal leaves it as it was.
 
         Raises:
-            EncodingRefused: NaN or infinity, missing, extra or misshapen arrays, or a weight that is not positive.
+            EncodingRefused: NaN or infinity, missing, extra or misshapen arrays, a weight that is not positive, or a
+                vector of another size or ring.
         """
         if type(weight) is not float or not math.isfinite(weight) or weight <= 0:
             raise EncodingRefused(argument="weight", value=type(weight).__name__, remedy="give a positive float")
@@ -125,13 +129,28 @@ class Encoding:
         if set(values) != wanted:
             differ = sorted(set(values) ^ wanted)
             raise EncodingRefused(argument="values", value=differ[:3], remedy="give exactly the declared blocks")
-        vector = np.empty(self.size, self.dtype)
-        for block, place in self._places():
+        arrays = []
+        for block in self.blocks:
             array = np.asarray(values[block.name])
             if array.shape != block.shape:
                 raise EncodingRefused(argument=block.name, value=array.shape, remedy=f"the schema says {block.shape}")
-            self._write(array.reshape(-1), block, share, vector[place])
-        vector[-1] = np.int64(round(share * self.levels)).astype(self.dtype)
+            arrays.append(array.reshape(-1))
+        vector = np.zeros(self.size, self.dtype) if onto is None else onto
+        if vector.dtype != self.dtype or vector.shape != (self.size,):
+            raise EncodingRefused(
+                argument="onto", value=(vector.dtype, vector.shape), remedy="give the session's masks"
+            )
+        levels = self._levels(arrays, share)
+        done = 0
+        try:
+            for place, part in levels:
+                np.add(vector[place], part, out=vector[place])
+                done += 1
+        except EncodingRefused:
+            for place, part in islice(self._levels(arrays, share), done):
+                np.subtract(vector[place], part, out=vector[place])
+            raise
+        vector[-1:] += np.array([round(share * self.levels)], self.dtype)
         return vector
 
     def decode(self, total: Vector) -> tuple[dict[str, NDArray[np.float64]], float]:
@@ -163,15 +182,22 @@ class Encoding:
             yield block, slice(start, start + block.size)
             start += block.size
 
-    def _write(self, array: NDArray[Any], block: Block, share: float, target: Vector) -> None:
-        """Clip, weight, round; in blocks that stay in the cache."""
-        bound, scale = np.float32(block.bound), np.float32(share * self.levels / block.bound)
-        signed = target.view(f"int{self.ring_bits}")
-        for start in range(0, len(array), _BLOCK):
-            part = array[start : start + _BLOCK].astype(np.float32)
-            if not np.isfinite(part).all():
-                raise EncodingRefused(argument=block.name, value="NaN or infinity", remedy="training diverged; drop it")
-            np.clip(part, -bound, bound, out=part)
-            np.multiply(part, scale, out=part)
-            np.rint(part, out=part)
-            signed[start : start + _BLOCK] = part
+    def _levels(self, arrays: Sequence[NDArray[Any]], share: float) -> Iterator[tuple[slice, Vector]]:
+        """Clipped, weighted, rounded; in blocks that stay in the cache, each good until the next."""
+        reals, whole = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, f"int{self.ring_bits}")
+        for array, (block, place) in zip(arrays, self._places(), strict=True):
+            bound, scale = np.float32(block.bound), np.float32(share * self.levels / block.bound)
+            for start in range(0, block.size, _BLOCK):
+                part = array[start : start + _BLOCK].astype(np.float32, copy=False)
+                room, result = reals[: part.size], whole[: part.size]
+                least, most = part.min(), part.max()  # NaN if one of them is
+                if not -bound <= least <= most <= bound:
+                    if not (np.isfinite(least) and np.isfinite(most)):
+                        remedy = "training diverged; drop it"
+                        raise EncodingRefused(argument=block.name, value="NaN or infinity", remedy=remedy)
+                    part = np.clip(part, -bound, bound, out=room)
+                np.multiply(part, scale, out=room)
+                np.rint(room, out=room)
+                np.copyto(result, room, casting="unsafe")
+                first = place.start + start
+                yield slice(first, first + part.size), result.view(self.dtype)

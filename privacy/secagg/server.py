@@ -6,6 +6,7 @@ It need not be trusted; what it checks keeps one broken site from spoiling the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +71,11 @@ class Server:
         )
         self._adverts[party] = advert
 
+    @property
+    def advertised(self) -> int:
+        """How many sites have, so far."""
+        return len(self._adverts)
+
     def roster(self, *, size: int) -> Roster:
         """End of stage 0: who takes part, in a session of vectors of the given size.
 
@@ -107,7 +113,7 @@ class Server:
         self._enough(len(self._boxes), "sites that shared")
         return tuple(box for boxes in self._boxes.values() for box in boxes if box.recipient in self._boxes)
 
-    def add_masked(self, party: str, vector: Vector) -> None:
+    def add_masked(self, party: str, vector: Any) -> None:
         """Stage 2: a masked vector, added to the sum.
 
         Raises:
