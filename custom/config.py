@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from custom.privacy_config import PrivacyConfig
+from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
 from medical_data.preprocess import PreprocessConfig
 from privacy.plan import DPConfig, DPPlan, calibrate
@@ -276,6 +277,7 @@ class ExperimentConfig:
         seed: of initial weights, client sampling, every site's local rounds without differential privacy, and the
             samples. The noise of differential privacy has no seed.
         privacy: patient-level differential privacy, or None.
+        secure_aggregation: masks under which updates and metrics leave the sites, or None.
         start_from: name of a model in the server's folder of models (see :class:`custom.site_file.ServerConfig`) whose
             weights the run starts with, such as one that was trained on public data; None for fresh weights.
     """
@@ -287,6 +289,7 @@ class ExperimentConfig:
     training: TrainingConfig
     federation: FederationConfig
     privacy: PrivacyConfig | None = None
+    secure_aggregation: SecureAggregationConfig | None = None
     start_from: str | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

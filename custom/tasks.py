@@ -1,0 +1,6 @@
+"""Names of the tasks that a server gives its sites."""
+
+RELEASE = "release"  # the mean image before training, under differential privacy
+TRAIN = "train"
+EVALUATE = "evaluate"
+SECAGG = "secagg"  # a stage of secure aggregation that has no work of its own
