@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from policies import policy_toml
-from safetensors.numpy import load_file
 from simulator import Run, simulate
 
 from custom.config import ExperimentConfig
