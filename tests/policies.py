@@ -23,7 +23,7 @@ def policy_toml(
     peers: Iterable[str] = (),
     masks_required: bool = False,
     min_survivors: int = 2,
-    **rules: float,
+    **rules: float | str,
 ) -> str:
     """One line, ``policy = {…}``; lets everything pass unless told otherwise."""
     values = [
