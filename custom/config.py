@@ -24,6 +24,7 @@ from privacy.plan import DPConfig, DPPlan, calibrate
 
 EXPERIMENT_FILE = "experiment.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
+MOST_ENCRYPTED_NORM = 1000.0  # times a weight of a million and 500 sites is below 2³⁹, see custom.he_contexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,7 @@ class ExperimentConfig:
         privacy: patient-level differential privacy, or None.
         start_from: name of a model in the server's folder of models (see :class:`custom.site_file.ServerConfig`) whose
             weights the run starts with, such as one that was trained on public data; None for fresh weights.
+        encryption: ``ckks``: updates leave the sites encrypted and the server adds ciphertexts; None sends them plain.
     """
 
     name: str
@@ -288,6 +290,7 @@ class ExperimentConfig:
     federation: FederationConfig
     privacy: PrivacyConfig | None = None
     start_from: str | None = None
+    encryption: Literal["ckks"] | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -313,6 +316,8 @@ class ExperimentConfig:
             require(self.training.batch_size is not None, argument="training.batch_size", value=None, remedy=remedy)
         else:
             _require_private(self)
+        if self.encryption is not None:
+            _require_encryptable(self.federation)
         require(
             self.sampling.steps <= self.schedule.timesteps,
             argument="sampling.steps",
@@ -402,6 +407,15 @@ def _require_private(experiment: ExperimentConfig) -> None:
         federation.weighting == "uniform", argument="federation.weighting", value=federation.weighting, remedy=remedy
     )
     experiment.dp_config()  # refuses impossible values
+
+
+def _require_encryptable(federation: FederationConfig) -> None:
+    """What a sum of ciphertexts needs to hide a site and to fit into its modulus."""
+    fewest, norm = federation.min_responses, federation.max_update_norm
+    remedy = "give at least 2 with encryption: the sum of one update is that update"
+    require(fewest >= 2, argument="federation.min_responses", value=fewest, remedy=remedy)
+    remedy = f"give at most {MOST_ENCRYPTED_NORM:g} with encryption: a sum over many sites could overflow otherwise"
+    require(norm <= MOST_ENCRYPTED_NORM, argument="federation.max_update_norm", value=norm, remedy=remedy)
 
 
 @lru_cache(maxsize=8)

@@ -19,6 +19,7 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 from torch import Tensor
 
 from custom.aggregators.in_time_average import InTimeAverage
+from custom.aggregators.round_average import RoundAverage
 from custom.codec import (
     SAMPLES,
     TASK_EVALUATE,
@@ -65,6 +66,8 @@ class DiffusionFedAvg(FedAvg):
             carried on. Empty starts afresh.
     """
 
+    encryption: str | None = None  # what the experiment must ask for
+
     def __init__(self, resume_run: str = "") -> None:
         # Rounds and sites come from experiment.json; an error reply of one site is no reason to panic.
         super().__init__(persistor_id="", ignore_result_error=True)
@@ -74,6 +77,10 @@ class DiffusionFedAvg(FedAvg):
     def run(self) -> None:
         """Train, evaluate, and write what the run leaves."""
         experiment = experiment_of(self.fl_ctx)
+        remedy = f"this job's workflow is {type(self).__name__}, which is for {self.encryption!r}"
+        require(
+            experiment.encryption == self.encryption, argument="encryption", value=experiment.encryption, remedy=remedy
+        )
         server = server_config(workspace_root=workspace_root(self.fl_ctx))
         self._device = use(server.hardware)
         if self._resume_run:
@@ -158,16 +165,29 @@ class DiffusionFedAvg(FedAvg):
         asked: list[str],
         shapes: Shapes,
         experiment: ExperimentConfig,
-    ) -> InTimeAverage:
-        """Send a task and average the replies, which have the given shapes, as they come in.
+    ) -> RoundAverage:
+        """Send a task and average the replies, which have the given shapes, as they come in; raises as _collect."""
+        average = InTimeAverage(shapes, experiment)
+        self._collect(average, task, arrays, header, asked, experiment)
+        return average
+
+    def _collect(
+        self,
+        average: RoundAverage,
+        task: str,
+        arrays: Arrays,
+        header: TaskHeader,
+        asked: list[str],
+        experiment: ExperimentConfig,
+    ) -> None:
+        """Send a task and add the replies as they come in.
 
         Raises:
             RoundVoid: too few acceptable ones until all have answered or the time is up.
         """
-        average = InTimeAverage(shapes, experiment)
 
         def receive(reply: FLModel) -> bool:
-            site, meta = reply.meta["client_name"], _sent_meta(reply)
+            site, meta = reply.meta["client_name"], sent_meta(reply)
             # Full weights would pass for a difference otherwise: names and shapes are the same.
             difference = reply.params if reply.params_type == ParamsType.DIFF else None
             added = average.add(site, difference, meta)
@@ -185,7 +205,6 @@ class DiffusionFedAvg(FedAvg):
                 f"federation.min_responses = {experiment.federation.min_responses}; "
                 f"refused: {average.refused or 'none'}; see those sites' logs"
             )
-        return average
 
     def _send(self, task: str, data: FLModel, targets: list[str], experiment: ExperimentConfig, receive: Any) -> None:
         """Send a task and wait until all targets have answered or the round's time is up."""
@@ -334,7 +353,7 @@ def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) 
     )
 
 
-def _sent_meta(reply: FLModel) -> dict[str, Any]:
+def sent_meta(reply: FLModel) -> dict[str, Any]:
     """The meta that the site sent, without what NVFlare's controller adds on arrival."""
     return reply_meta({key: value for key, value in reply.meta.items() if key not in ("client_name", "props")})
 

@@ -1,4 +1,4 @@
-"""The site's side of a run: train a round, compare samples with held-out patients.
+"""The site's side of a run: train a round, compare samples with held-out patients, open an encrypted sum.
 
 Under differential privacy a release is trained for only after the site's policy has passed the job and its ledger has
 set the cost aside, and leaves only after it was charged.
@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from custom.codec import (
     SAMPLES,
+    TASK_DECRYPT,
     TASK_EVALUATE,
     TASK_RELEASE,
     TASK_TRAIN,
@@ -29,6 +31,8 @@ from custom.codec import (
     Arrays,
     TaskHeader,
     experiment_of,
+    he_context,
+    mean_reply,
     metrics_reply,
     read_task,
     to_torch,
@@ -37,11 +41,21 @@ from custom.codec import (
 )
 from custom.config import ExperimentConfig, privacy_plan
 from custom.device import use
-from custom.diffusion.networks import build_network
+from custom.diffusion.networks import build_network, parameter_shapes
 from custom.diffusion.schedule import build_schedule
-from custom.egress import BUDGET_SPENT, MEAN_IMAGE, POLICY_CODES, evaluation_metrics, statistics_that_leave
+from custom.egress import (
+    BUDGET_SPENT,
+    MEAN_IMAGE,
+    POLICY_CODES,
+    evaluation_metrics,
+    mean_image_shape,
+    statistics_that_leave,
+)
 from custom.evaluation import MIN_IMAGES, evaluate
 from custom.filters.egress_gate import passed
+from custom.filters.encryption import require_encryption
+from custom.he_contexts import CLIENT_CONTEXT
+from custom.he_packing import opened, packed_name
 from custom.pictures import real_and_generated
 from custom.privacy_config import MeanImageConfig
 from custom.private_training import release_mean_image, train_private_round, training_patients
@@ -55,6 +69,7 @@ from privacy.accounting import MechanismEvent
 from privacy.ledger import Attempt, BudgetExceeded, Ledger, Run
 from privacy.plan import RELEASE_BEFORE_TRAINING, DPPlan, round_release
 from privacy.policy import PolicyRefused
+from privacy.rng import SecureRandomness
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +134,7 @@ class _Site:
 
 
 class DiffusionTrainer(Executor):
-    """Answers ``release``, ``train`` and ``evaluate``; keeps nothing between them but what is on the site's disk."""
+    """Answers ``release``, ``train``, ``decrypt`` and ``evaluate``; keeps nothing between them but on the site's disk."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do one task. Whatever goes wrong stays in the site's own log; only a return code leaves."""
@@ -135,12 +150,17 @@ class DiffusionTrainer(Executor):
             )
             arrays, header = read_task(shareable)
             _check_agreement(header, experiment)
+            if experiment.encryption is not None and task_name in (TASK_RELEASE, TASK_TRAIN):
+                require_encryption(task_name, fl_ctx)
+                he_context(fl_ctx, CLIENT_CONTEXT, secret_key=True)
             if task_name == TASK_TRAIN and site.plan is not None:
                 reply = _train_privately(site, site.plan, arrays, header)
             elif task_name == TASK_TRAIN:
                 reply = _train(site, arrays, header)
             elif task_name == TASK_RELEASE and experiment.privacy and experiment.privacy.mean_image and site.plan:
                 reply = _release(site, site.plan, experiment.privacy.mean_image, header)
+            elif task_name == TASK_DECRYPT and experiment.encryption is not None:
+                reply = _decrypt(site, arrays, header)
             elif task_name == TASK_EVALUATE:
                 reply = _evaluate(site, arrays, header)
             else:
@@ -240,6 +260,19 @@ def _release(site: _Site, plan: DPPlan, asked: MeanImageConfig, header: TaskHead
     reply = site.charged(ledger, attempt, event, {MEAN_IMAGE: release_mean_image(cohort, asked, plan)})
     site.say(f"mean image released with noise multiplier {event.noise_multiplier:g} and charged")
     return reply
+
+
+def _decrypt(site: _Site, arrays: Mapping[str, Any], header: TaskHeader) -> Shareable:
+    """The mean of a sum that NVFlare's decryptor has opened, which is for the server and says nothing of one site."""
+    experiment = site.experiment
+    released = [parameter_shapes(experiment.network, experiment.preprocess.spatial_dims), mean_image_shape(experiment)]
+    shapes = {packed_name(shapes): shapes for shapes in released if shapes is not None}
+    require(len(arrays) == 1 and set(arrays) <= set(shapes), argument="sum", value=sorted(arrays), remedy="give one")
+    ((name, total),) = arrays.items()
+    remedy = "still encrypted: put NVFlare's HEModelDecryptor into the job's task_data_filters on decrypt"
+    require(isinstance(total, list), argument="sum", value=type(total).__name__, remedy=remedy)
+    site.say(f"opened the sum of {name}s of round {header.round_number + 1}")
+    return mean_reply(opened(total, shapes[name], SecureRandomness()))
 
 
 def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:

@@ -1,0 +1,113 @@
+"""The encrypted job in NVFlare's real simulator: what leaves a site, and that the model is the plain job's."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from simulator import Run, simulate
+
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import parameter_shapes
+from custom.he_packing import FLOOD_STD, packed_size
+from custom.run_folder import check_receipt
+
+SITES = ["shy-1", "shy-2", "shy-3"]  # the first of them that is asked to open a sum errs once
+
+# Two rounds of noise FLOOD_STD / Σ w, which a few steps of training magnify beside the last bits of a sum.
+MODEL_TOLERANCE = 1e-4
+
+# 4096 numbers a ciphertext of 2 polynomials, 8192 coefficients, 2 primes, 8 bytes; the last one is not full.
+BYTES_PER_CIPHERTEXT = 2 * 8192 * 2 * 8
+
+
+@pytest.fixture(scope="module")
+def federation(experiment: ExperimentConfig) -> ExperimentConfig:
+    return replace(experiment, name="encrypted", federation=replace(experiment.federation, min_responses=3))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, federation: ExperimentConfig) -> Run:
+    return simulate(tmp_path_factory.mktemp("plain"), federation, SITES, threads=3)
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory, federation: ExperimentConfig) -> Run:
+    base = tmp_path_factory.mktemp("encrypted")
+    return simulate(
+        base,
+        replace(federation, encryption="ckks"),
+        SITES,
+        threads=3,
+        faulty={"error_round": 99, "asked": str(base / "asked")},
+        recorded=base / "left",
+    )
+
+
+def replies(run: Run, site: str) -> list[dict[str, Any]]:
+    return [pickle.loads(file.read_bytes())["DXO"] for file in (run.base / "left").glob(f"{site}.*")]  # noqa: S301
+
+
+def test_it_completes_though_the_first_site_asked_does_not_open_the_sum(encrypted: Run) -> None:
+    assert encrypted.returncode == 0, encrypted.output
+    receipt = check_receipt(encrypted.folder)
+    assert receipt["participants"] == {"0": SITES, "1": SITES}
+    assert receipt["refused"] == receipt["silent"] == {}
+    shy = (encrypted.base / "asked").read_text()
+    assert f"{shy} did not open the sum: answered EXECUTION_EXCEPTION" in encrypted.output
+    for name in ("samples.png", "metrics.json", "model.safetensors"):
+        assert (encrypted.folder / name).stat().st_size > 0
+
+
+def test_it_gives_the_model_of_the_plain_job(encrypted: Run, plain: Run) -> None:
+    """Sites of different weights, whose number of patients the server of the encrypted job never sees."""
+    assert plain.experiment.federation.weighting == encrypted.experiment.federation.weighting == "patients"
+    check_receipt(plain.folder)
+    a, b = (load_file(run.folder / "model.safetensors") for run in (encrypted, plain))
+    assert a.keys() == b.keys()
+    furthest = max(float(np.abs(a[name] - b[name]).max()) for name in a)
+    print(f"furthest parameter: {furthest:.2e}")
+    assert 0 < furthest < MODEL_TOLERANCE
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_no_update_leaves_a_site_in_the_clear(encrypted: Run, site: str) -> None:
+    """Every reply of the site, as it went to the network."""
+    shapes = parameter_shapes(encrypted.experiment.network, 2)
+    updates, means, figures = 0, 0, 0
+    for dxo in replies(encrypted, site):
+        data, meta = dxo["data"], dxo["meta"]
+        if str(dxo["kind"].value) == "METRICS":
+            figures += 1
+        elif not meta:
+            assert {name: array.shape for name, array in data.items()} == shapes
+            means += 1
+        else:
+            updates += 1
+            assert set(meta) == {"weight", "initial_metrics"}
+            assert meta["weight"] == 1.0
+            assert set(data) == {"update"}
+            assert type(data["update"]) is bytes
+            ciphertexts = -(-packed_size(shapes) // 4096)
+            assert len(data["update"]) == pytest.approx(ciphertexts * BYTES_PER_CIPHERTEXT, rel=0.01)
+    assert (updates, figures) == (2, 1)
+    assert means <= 2
+
+
+def test_the_opened_sums_are_the_means_and_are_two(encrypted: Run) -> None:
+    opened = [
+        dxo for site in SITES for dxo in replies(encrypted, site) if not dxo["meta"] and "update" not in dxo["data"]
+    ]
+    assert len([dxo for dxo in opened if str(dxo["kind"].value) != "METRICS"]) == 2
+
+
+def test_no_log_names_the_range_of_a_plain_update(encrypted: Run) -> None:
+    texts = [encrypted.output, *(file.read_text() for file in (encrypted.base / "workspace").rglob("*.txt"))]
+    assert not any("encrypted value range" in text for text in texts)
+    assert any("Running HE" in text or "open the sum" in text for text in texts)
+    assert FLOOD_STD > 0
