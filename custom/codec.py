@@ -145,8 +145,10 @@ def he_context(fl_ctx: FLContext, name: str, *, secret_key: bool) -> Any:
 
     try:
         context = load_tenseal_context_from_workspace(name, fl_ctx)
-    except ValueError as error:
+    except ValueError as error:  # no such file, or a wrong signature
         raise ConfigError(f"{name} = {error}; make it {REMEDY}") from error
+    except TypeError as error:  # NVFlare's way to say that there is no startup folder
+        raise ConfigError(f"{name} = no startup folder; make it {REMEDY}") from error
     check_context(context, name, secret_key=secret_key)
     return context
 

@@ -17,8 +17,8 @@ from custom.strict import ConfigError, require
 CLIENT_CONTEXT = "client_context.tenseal"
 SERVER_CONTEXT = "server_context.tenseal"
 
-# 128-bit security by the tables of homomorphicencryption.org (at most 218 bits of modulus at this degree). A ciphertext's
-# modulus is the first two primes, 120 bits; the scale leaves 2³⁹ for the size of a sum, and puts the error of a
+# 128-bit security by the tables of homomorphicencryption.org (at most 218 bits of modulus at this degree). The modulus
+# of a ciphertext is the first two primes, 120 bits; the scale leaves 2³⁹ for the size of a sum, and puts the error of a
 # ciphertext near 2⁻⁷², far below the noise that hides it when a sum is opened (custom.he_packing). NVFlare's defaults
 # (60, 40, 40 and a scale of 2⁴⁰) leave no room for that noise.
 POLY_MODULUS_DEGREE = 8192

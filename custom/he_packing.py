@@ -64,7 +64,7 @@ def opened(total: Sequence[float], shapes: Shapes, randomness: Randomness) -> di
     size = packed_size(shapes)
     require(len(total) == size, argument="sum", value=f"{len(total)} numbers", remedy=f"must be {size}")
     numbers = np.asarray(total, np.float64)
-    weight = float(np.round(numbers[-1]))
+    weight = round(float(numbers[-1])) if np.isfinite(numbers[-1]) else 0
     require(
         weight >= 1 and abs(numbers[-1] - weight) < WEIGHT_TOLERANCE,
         argument="sum of weights",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
 from custom.egress import EgressRefused, check_arrays, check_meta
-from custom.he_contexts import tenseal
+from custom.he_contexts import COEFF_MOD_BIT_SIZES, tenseal
 from custom.he_packing import packed_name, packed_size
 
 
@@ -96,11 +96,13 @@ class EncryptedSum:
             raise EgressRefused(f"tensors: must be {self._name!r} and nothing else")
         try:
             vector = tenseal().ckks_vector_from(self._context, arrays[self._name])
-            size, scale = vector.size(), vector.scale()
         except (ValueError, RuntimeError) as error:
             raise EgressRefused(f"tensor {self._name!r}: no ciphertext of this federation's parameters") from error
-        if size != self._size or scale != self._context.global_scale:
-            raise EgressRefused(f"tensor {self._name!r}: must be {self._size} numbers at the context's scale")
+        if vector.size() != self._size:
+            raise EgressRefused(f"tensor {self._name!r}: {vector.size()} numbers encrypted, must be {self._size}")
+        # One of another scale or level would make all that come after it impossible to add.
+        if any(part.scale != self._context.global_scale or not _fresh(part) for part in vector.ciphertext()):
+            raise EgressRefused(f"tensor {self._name!r}: must be fresh ciphertext at the context's scale")
         return vector
 
     def _added(self, vector: Any) -> Any:
@@ -108,3 +110,9 @@ class EncryptedSum:
             return self._total + vector  # a new ciphertext: one that cannot be added leaves the sum as it was
         except (ValueError, RuntimeError) as error:
             raise EgressRefused(f"tensor {self._name!r}: cannot be added to the others") from error
+
+
+def _fresh(part: Any) -> bool:
+    """Two polynomials over all primes but the special one, and not the kind that anybody can read."""
+    sizes = part.size(), part.coeff_modulus_size()
+    return sizes == (2, len(COEFF_MOD_BIT_SIZES) - 1) and not part.is_transparent()

@@ -134,7 +134,7 @@ class _Site:
 
 
 class DiffusionTrainer(Executor):
-    """Answers ``release``, ``train``, ``decrypt`` and ``evaluate``; keeps nothing between them but on the site's disk."""
+    """Answers ``release``, ``train``, ``decrypt`` and ``evaluate``; what it keeps in between is on the site's disk."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do one task. Whatever goes wrong stays in the site's own log; only a return code leaves."""

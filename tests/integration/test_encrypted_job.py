@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from simulator import Run, simulate
+from simulator import EMBEDDED, Run, simulate
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import parameter_shapes
-from custom.he_packing import FLOOD_STD, packed_size
+from custom.he_packing import packed_size
 from custom.run_folder import check_receipt
 
-SITES = ["shy-1", "shy-2", "shy-3"]  # the first of them that is asked to open a sum errs once
+# The first of them that is asked to open a sum errs once. Their numbers of patients, and so their weights, differ.
+SITES = {f"shy-{n}": EMBEDDED.format(number=n).replace("patients = 16", f"patients = {12 + 4 * n}") for n in (1, 2, 3)}
 
 # Two rounds of noise FLOOD_STD / Σ w, which a few steps of training magnify beside the last bits of a sum.
-MODEL_TOLERANCE = 1e-4
+MODEL_TOLERANCE = 1e-5
 
 # 4096 numbers a ciphertext of 2 polynomials, 8192 coefficients, 2 primes, 8 bytes; the last one is not full.
 BYTES_PER_CIPHERTEXT = 2 * 8192 * 2 * 8
@@ -50,13 +50,15 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory, federation: ExperimentCo
 
 
 def replies(run: Run, site: str) -> list[dict[str, Any]]:
-    return [pickle.loads(file.read_bytes())["DXO"] for file in (run.base / "left").glob(f"{site}.*")]  # noqa: S301
+    """What the site sent, but for the one error."""
+    left = [pickle.loads(file.read_bytes()) for file in (run.base / "left").glob(f"{site}.*")]  # noqa: S301 - our own
+    return [reply["DXO"] for reply in left if "DXO" in reply]
 
 
 def test_it_completes_though_the_first_site_asked_does_not_open_the_sum(encrypted: Run) -> None:
     assert encrypted.returncode == 0, encrypted.output
     receipt = check_receipt(encrypted.folder)
-    assert receipt["participants"] == {"0": SITES, "1": SITES}
+    assert receipt["participants"] == {"0": list(SITES), "1": list(SITES)}
     assert receipt["refused"] == receipt["silent"] == {}
     shy = (encrypted.base / "asked").read_text()
     assert f"{shy} did not open the sum: answered EXECUTION_EXCEPTION" in encrypted.output
@@ -79,14 +81,13 @@ def test_it_gives_the_model_of_the_plain_job(encrypted: Run, plain: Run) -> None
 def test_no_update_leaves_a_site_in_the_clear(encrypted: Run, site: str) -> None:
     """Every reply of the site, as it went to the network."""
     shapes = parameter_shapes(encrypted.experiment.network, 2)
-    updates, means, figures = 0, 0, 0
+    updates = figures = 0
     for dxo in replies(encrypted, site):
         data, meta = dxo["data"], dxo["meta"]
         if str(dxo["kind"].value) == "METRICS":
             figures += 1
         elif not meta:
             assert {name: array.shape for name, array in data.items()} == shapes
-            means += 1
         else:
             updates += 1
             assert set(meta) == {"weight", "initial_metrics"}
@@ -96,18 +97,15 @@ def test_no_update_leaves_a_site_in_the_clear(encrypted: Run, site: str) -> None
             ciphertexts = -(-packed_size(shapes) // 4096)
             assert len(data["update"]) == pytest.approx(ciphertexts * BYTES_PER_CIPHERTEXT, rel=0.01)
     assert (updates, figures) == (2, 1)
-    assert means <= 2
 
 
-def test_the_opened_sums_are_the_means_and_are_two(encrypted: Run) -> None:
-    opened = [
-        dxo for site in SITES for dxo in replies(encrypted, site) if not dxo["meta"] and "update" not in dxo["data"]
-    ]
-    assert len([dxo for dxo in opened if str(dxo["kind"].value) != "METRICS"]) == 2
+def test_each_sum_was_opened_once(encrypted: Run) -> None:
+    left = [dxo for site in SITES for dxo in replies(encrypted, site)]
+    means = [dxo for dxo in left if str(dxo["kind"].value) == "WEIGHT_DIFF" and not dxo["meta"]]
+    assert len(means) == encrypted.experiment.federation.rounds
 
 
 def test_no_log_names_the_range_of_a_plain_update(encrypted: Run) -> None:
     texts = [encrypted.output, *(file.read_text() for file in (encrypted.base / "workspace").rglob("*.txt"))]
     assert not any("encrypted value range" in text for text in texts)
-    assert any("Running HE" in text or "open the sum" in text for text in texts)
-    assert FLOOD_STD > 0
+    assert any("open the sum" in text for text in texts)
