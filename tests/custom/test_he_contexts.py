@@ -12,6 +12,8 @@ from custom.config import MOST_ENCRYPTED_NORM
 from custom.egress import MOST_PATIENTS
 from custom.he_contexts import (
     CLIENT_CONTEXT,
+    COEFF_MOD_BIT_SIZES,
+    POLY_MODULUS_DEGREE,
     SCALE_BITS,
     SERVER_CONTEXT,
     check_context,
@@ -126,3 +128,14 @@ def test_what_a_ciphertext_carries_along_has_no_secret_key() -> None:
     vector = ts.ckks_vector(new_context(), [1.0])
     assert not ts.context_from(vector.context().serialize()).is_private()
     assert not ts.context_from(serialized(new_context(), secret_key=False)).is_private()
+
+
+def test_nvflares_provisioning_makes_contexts_that_pass() -> None:
+    """With the arguments that the remedy names; HEBuilder adds a relinearisation key, which nothing needs."""
+    builder = pytest.importorskip("nvflare.lighter.impl.he").HEBuilder(
+        poly_modulus_degree=POLY_MODULUS_DEGREE, coeff_mod_bit_sizes=list(COEFF_MOD_BIT_SIZES), scale_bits=SCALE_BITS
+    )
+    builder.initialize(None, None)
+    for secret in (True, False):
+        content = builder.get_serialized_context(is_client=secret)
+        check_context(ts.context_from(content), "context", secret_key=secret)
