@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from simulator import EMBEDDED, Run, simulate
+from simulator import EMBEDDED, Run, simulate, write_job
 
-from custom.config import ExperimentConfig
+from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.networks import parameter_shapes
 from custom.he_packing import packed_size
+from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
 
 # The first of them that is asked to open a sum errs once. Their numbers of patients, and so their weights, differ.
@@ -109,3 +112,58 @@ def test_no_log_names_the_range_of_a_plain_update(encrypted: Run) -> None:
     texts = [encrypted.output, *(file.read_text() for file in (encrypted.base / "workspace").rglob("*.txt"))]
     assert not any("encrypted value range" in text for text in texts)
     assert any("open the sum" in text for text in texts)
+
+
+def test_a_job_that_says_it_encrypts_and_does_not_trains_nothing(
+    federation: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its author left the encryptor and what stands behind it out of the client's configuration."""
+
+    def without_encryptor(*arguments: Any, **options: Any) -> Path:
+        job = write_job(*arguments, **options)
+        file = job / "app" / "config" / "config_fed_client.json"
+        client = json.loads(file.read_text())
+        filters = client["task_result_filters"][0]["filters"]
+        assert [item["path"].rpartition(".")[2] for item in filters][:2] == ["EgressGate", "PackUpdate"]
+        client["task_result_filters"][0]["filters"] = [filters[0], filters[-1]]  # the gate, and what records
+        file.write_text(json.dumps(client))
+        return job
+
+    monkeypatch.setattr("simulator.write_job", without_encryptor)
+    config = replace(federation, name="not-encrypted", encryption="ckks")
+    run = simulate(tmp_path, config, SITES, threads=3, recorded=tmp_path / "left")
+    assert run.receipt["status"] == "failed"
+    assert run.receipt["reason"].count("answered EXECUTION_EXCEPTION") == len(SITES)
+    for site in SITES:
+        assert replies(run, site) == []
+        assert list((tmp_path / "left").glob(f"{site}.*")), "an error left, and nothing else"
+        assert not list((tmp_path / "sites" / site).rglob("manifest.json")), "no scan was read for it"
+
+
+@pytest.mark.slow
+def test_privacy_and_encryption_in_one_job(federation: ExperimentConfig, tmp_path: Path) -> None:
+    """The mean image before training goes the same way as the updates, and no metric leaves."""
+    config = replace(
+        federation,
+        name="both",
+        encryption="ckks",
+        training=TrainingConfig(steps_per_round=3, warmup_steps=0),
+        federation=replace(federation.federation, weighting="uniform"),
+        privacy=PrivacyConfig(
+            patients=8,
+            delta=1e-2,
+            clip_norm=1.0,
+            sampling_rate=0.5,
+            noise_multiplier=1.5,
+            mean_image=MeanImageConfig(clip_norm=13.0, noise_multiplier=4.0, warm_up_steps=5),
+        ),
+    )
+    run = simulate(tmp_path, config, SITES, threads=3, recorded=tmp_path / "left")
+    assert check_receipt(run.folder)["participants"] == {"0": list(SITES), "1": list(SITES)}
+    assert (run.folder / "mean_image.png").stat().st_size > 0
+    for site in SITES:
+        sealed = [dxo for dxo in replies(run, site) if dxo["meta"]]
+        assert sorted(name for dxo in sealed for name in dxo["data"]) == ["mean_image", "update", "update"]
+        for dxo in sealed:
+            assert dxo["meta"] == {"weight": 1.0, "initial_metrics": {}}
+            assert all(type(value) is bytes for value in dxo["data"].values())
