@@ -21,17 +21,18 @@ from custom.egress import METRICS, WEIGHT
 from custom.he_contexts import REMEDY, check_context, tenseal
 from custom.he_packing import ALGORITHM
 from custom.strict import ConfigError, build
-
-TASK_RELEASE = "release"  # the mean image before training, under differential privacy
-TASK_TRAIN = "train"
-TASK_EVALUATE = "evaluate"
-TASK_DECRYPT = "decrypt"  # the sum of encrypted updates, in an encrypted job
+from privacy.secagg.encoding import Vector
+from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
 
 ENCRYPTOR = "nvflare.app_opt.he.model_encryptor.HEModelEncryptor"
 
 # In an evaluation task: the model's tensors and, beside them, uint8 images [N, 1, *spatial] under these names.
 SAMPLES = "samples"
 UNTRAINED_SAMPLES = "untrained_samples"
+
+# Under secure aggregation: the message of a task in its meta, and the masked vector in a reply.
+MESSAGE = "secagg"
+MASKED = "masked"
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -53,22 +54,86 @@ class TaskHeader:
     schedule_sha256: str
 
 
-def task_model(arrays: Arrays, header: TaskHeader) -> FLModel:
-    """A task from the server: named arrays and a header."""
+@dataclass(frozen=True, kw_only=True)
+class ToSite:
+    """The server's part of secure aggregation in a task: about the running session, and about the next one.
+
+    Attributes:
+        session: that is running.
+        boxes: of those who shared, with the work to be done.
+        survivors: to be signed.
+        signatures: upon which shares are revealed.
+        opening: the next session; a site answers with its advert, or, given the roster, with its boxes.
+        roster: of the next session.
+    """
+
+    session: Session | None = None
+    boxes: tuple[Sealed, ...] | None = None
+    survivors: Survivors | None = None
+    signatures: tuple[Signed, ...] | None = None
+    opening: Session | None = None
+    roster: Roster | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromSite:
+    """A site's answer to :class:`ToSite`, beside its masked vector.
+
+    Attributes:
+        advert: for the next session.
+        boxes: for the next session, sealed to each peer.
+        signed: the running session's survivors.
+        revealed: of the running session, one share of each peer.
+    """
+
+    advert: Advert | None = None
+    boxes: tuple[Sealed, ...] | None = None
+    signed: Signed | None = None
+    revealed: tuple[Revealed, ...] | None = None
+
+
+def task_model(arrays: Arrays, header: TaskHeader, message: ToSite | None = None) -> FLModel:
+    """A task from the server: named arrays, a header, and what secure aggregation has to say."""
     return FLModel(
         params=dict(arrays),
         params_type=ParamsType.FULL,
         current_round=header.round_number,
-        meta={"task": asdict(header)},
+        meta={"task": asdict(header)} | ({} if message is None else {MESSAGE: asdict(message)}),
     )
 
 
-def read_task(shareable: Shareable) -> tuple[Arrays, TaskHeader]:
+def read_task(shareable: Shareable) -> tuple[Arrays, TaskHeader, ToSite]:
     """The task as a site sees it; raises ``ConfigError`` or ``ValueError`` if it is malformed."""
     dxo = from_shareable(shareable)
     if dxo.data_kind != DataKind.WEIGHTS:
         raise ValueError(f"task data kind = {dxo.data_kind!r}: must be {DataKind.WEIGHTS}")
-    return dxo.data, build(TaskHeader, dxo.meta.get("task"), "task")
+    message = build(ToSite, dxo.meta.get(MESSAGE, {}), MESSAGE)
+    return dxo.data, build(TaskHeader, dxo.meta.get("task"), "task"), message
+
+
+def content_of(reply: Shareable) -> tuple[dict[str, NDArray[Any]], dict[str, float], float]:
+    """Arrays, metrics and weight of a plain reply, as they go under the masks."""
+    dxo = from_shareable(reply)
+    if dxo.data_kind == DataKind.METRICS:
+        return {}, dxo.data, 1.0
+    return dxo.data, dxo.meta[MetaKey.INITIAL_METRICS], dxo.meta[WEIGHT]
+
+
+def masked_reply(vector: Vector) -> Shareable:
+    """A site's answer to a task with work in it, under secure aggregation."""
+    reply: Shareable = DXO(DataKind.WEIGHTS, data={MASKED: vector}).to_shareable()
+    return reply
+
+
+def stage_reply(answer: FromSite) -> Shareable:
+    """A site's answer to :data:`custom.tasks.SECAGG`."""
+    reply: Shareable = DXO(DataKind.WEIGHTS, data=asdict(answer)).to_shareable()
+    return reply
+
+
+def read_answer(data: Any) -> FromSite:
+    """What :func:`stage_reply` wrote; raises ``ConfigError`` if it is malformed."""
+    return build(FromSite, data, MESSAGE)
 
 
 def update_reply(difference: Mapping[str, Tensor], *, weight: float, metrics: Mapping[str, float]) -> Shareable:
@@ -146,9 +211,9 @@ def he_context(fl_ctx: FLContext, name: str, *, secret_key: bool) -> Any:
     try:
         context = load_tenseal_context_from_workspace(name, fl_ctx)
     except ValueError as error:  # no such file, or a wrong signature
-        raise ConfigError(f"{name} = {error}; make it {REMEDY}") from error
+        raise ConfigError(f"{name} = {error}; make it: {REMEDY}") from error
     except TypeError as error:  # NVFlare's way to say that there is no startup folder
-        raise ConfigError(f"{name} = no startup folder; make it {REMEDY}") from error
+        raise ConfigError(f"{name} = no startup folder; make it: {REMEDY}") from error
     check_context(context, name, secret_key=secret_key)
     return context
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from custom.privacy_config import PrivacyConfig
+from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
 from medical_data.preprocess import PreprocessConfig
 from privacy.plan import DPConfig, DPPlan, calibrate
@@ -277,6 +278,7 @@ class ExperimentConfig:
         seed: of initial weights, client sampling, every site's local rounds without differential privacy, and the
             samples. The noise of differential privacy has no seed.
         privacy: patient-level differential privacy, or None.
+        secure_aggregation: masks under which updates and metrics leave the sites, or None.
         start_from: name of a model in the server's folder of models (see :class:`custom.site_file.ServerConfig`) whose
             weights the run starts with, such as one that was trained on public data; None for fresh weights.
         encryption: ``ckks``: updates leave the sites encrypted and the server adds ciphertexts; None sends them plain.
@@ -289,6 +291,7 @@ class ExperimentConfig:
     training: TrainingConfig
     federation: FederationConfig
     privacy: PrivacyConfig | None = None
+    secure_aggregation: SecureAggregationConfig | None = None
     start_from: str | None = None
     encryption: Literal["ckks"] | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -317,7 +320,7 @@ class ExperimentConfig:
         else:
             _require_private(self)
         if self.encryption is not None:
-            _require_encryptable(self.federation)
+            _require_encryptable(self)
         require(
             self.sampling.steps <= self.schedule.timesteps,
             argument="sampling.steps",
@@ -409,9 +412,11 @@ def _require_private(experiment: ExperimentConfig) -> None:
     experiment.dp_config()  # refuses impossible values
 
 
-def _require_encryptable(federation: FederationConfig) -> None:
+def _require_encryptable(experiment: ExperimentConfig) -> None:
     """What a sum of ciphertexts needs to hide a site and to fit into its modulus."""
-    fewest, norm = federation.min_responses, federation.max_update_norm
+    masks, remedy = experiment.secure_aggregation, "leave it out with encryption, or leave encryption out"
+    require(masks is None, argument="secure_aggregation", value=masks, remedy=remedy)
+    fewest, norm = experiment.federation.min_responses, experiment.federation.max_update_norm
     remedy = "give at least 2 with encryption: the sum of one update is that update"
     require(fewest >= 2, argument="federation.min_responses", value=fewest, remedy=remedy)
     remedy = f"give at most {MOST_ENCRYPTED_NORM:g} with encryption: a sum over many sites could overflow otherwise"

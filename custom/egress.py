@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,20 @@ MEAN_IMAGE = "mean_image"  # the one array of the release before training
 
 # Beside NVFlare's own codes, what a site says when it refuses for privacy's sake: no more than which rule.
 BUDGET_SPENT = "PRIVACY_BUDGET_SPENT"
+SECAGG_REFUSED = "SECURE_AGGREGATION_REFUSED"
 POLICY_CODES = {rule: f"SITE_POLICY_{rule.upper().replace('.', '_')}" for rule in RULES}
 
 MOST_PATIENTS = 1_000_000  # no site has more; a larger weight would drown or overflow the others' sum
+
+# Public bounds under secure aggregation: what lies beyond counts as much as the bound.
+METRIC_BOUNDS: Mapping[str, float] = {
+    "train_loss": 100.0,
+    "held_out_loss": 100.0,
+    "effnet_kid": 100.0,
+    "effnet_kid_baseline": 100.0,
+    "effnet_kid_untrained": 100.0,
+    "seconds": 1e6,
+}
 
 UPDATE_METRICS = frozenset({"train_loss", "held_out_loss", "seconds"})
 EVALUATION_METRICS = frozenset(
@@ -97,6 +108,22 @@ def check_meta(meta: Mapping[str, Any], *, config: ExperimentConfig, encrypted: 
     check_metrics(metrics, allowed=wanted)
     if set(metrics) != wanted:
         raise EgressRefused(f"metrics: must be all of {sorted(wanted)}")
+
+
+def check_masked(vector: Any, *, sizes: Collection[int], ring_bits: int) -> None:
+    """Let a masked vector pass, or raise: that it is masked, nobody but its sender can tell.
+
+    Args:
+        vector: what would leave.
+        sizes: coordinates that vectors of the experiment have.
+        ring_bits: of the ring.
+
+    Raises:
+        EgressRefused: anything but one flat array of that many unsigned integers of the ring.
+    """
+    integers = type(vector) is np.ndarray and vector.dtype == np.dtype(f"uint{ring_bits}")
+    if not integers or vector.ndim != 1 or vector.size not in sizes:
+        raise EgressRefused(f"masked vector: must be {sorted(sizes)} unsigned integers of {ring_bits} bits")
 
 
 def check_arrays(arrays: Mapping[str, Any], *, shapes: Shapes, max_norm: float) -> None:

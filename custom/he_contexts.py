@@ -26,8 +26,8 @@ COEFF_MOD_BIT_SIZES = (60, 60, 60)
 SCALE_BITS = 80
 
 REMEDY = (
-    "in the simulator: fedct simulator-keys --force; in a provisioned federation: HEBuilder with args "
-    f"{{poly_modulus_degree: {POLY_MODULUS_DEGREE}, coeff_mod_bit_sizes: {list(COEFF_MOD_BIT_SIZES)}, "
+    "in the simulator fedct simulator-keys (--force replaces what is there); in a provisioned federation HEBuilder "
+    f"with args {{poly_modulus_degree: {POLY_MODULUS_DEGREE}, coeff_mod_bit_sizes: {list(COEFF_MOD_BIT_SIZES)}, "
     f"scale_bits: {SCALE_BITS}}} in project.yml"
 )
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ class RoundRecord:
         refused: reason by site: a reply that did not pass, or an error code.
         silent: sites that gave no reply in time.
         seconds: from sending the task to the new model.
+        mean: metrics of which only the mean over the sites is known, as under secure aggregation.
     """
 
     round_number: int
@@ -53,6 +54,7 @@ class RoundRecord:
     refused: dict[str, str]
     silent: list[str]
     seconds: float
+    mean: dict[str, float] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -101,7 +103,7 @@ class RunFolder:
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
         with SummaryWriter(str(self.path / "tensorboard")) as writer:
-            for site, metrics in record.accepted.items():
+            for site, metrics in (*record.accepted.items(), ("mean over sites", record.mean)):
                 for name, value in metrics.items():
                     writer.add_scalar(f"{name}/{site}", value, record.round_number)
 

@@ -55,11 +55,13 @@ class SiteConfig:
         home: the site's own folder: secret, caches, state, pictures, ledger. Never inside a folder that NVFlare wipes.
         source: a folder of scans, or the embedded cohort.
         policy: what the site demands before a job may train on its patients.
+        kit: folder with the site's key, its certificate and the federation's root; NVFlare's ``startup/`` by default.
         limits: what the site demands of its cohort.
         hardware: what it trains on.
     """
 
     home: Path
+    kit: Path
     source: FolderSource | EmbeddedSource
     policy: PrivacyPolicy
     limits: DataLimits = field(default_factory=DataLimits)
@@ -72,11 +74,13 @@ class ServerConfig:
 
     Attributes:
         runs: folder in which every run leaves model, pictures, metrics and receipt.
+        kit: folder with the federation's root certificate; NVFlare's ``startup/`` by default.
         models: folder with ``<name>.safetensors`` of models that a job may start from (``fedct pretrain``).
         hardware: what it draws samples on.
     """
 
     runs: Path
+    kit: Path
     models: Path = Path("models")
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
@@ -99,26 +103,28 @@ def site_config(name: str, *, workspace_root: Path) -> SiteConfig:
         value=sorted(sites),
         remedy=f"add a table [sites.{name}] to the site file",
     )
-    return _site(sites[name], f"sites.{name}", base)
+    return _site(sites[name], f"sites.{name}", base, startup=workspace_root / "startup")
 
 
 def server_config(*, workspace_root: Path) -> ServerConfig:
     """The server's settings; raises like :func:`site_config`."""
     tables, base = _read(workspace_root)
     require("server" in tables, argument="server", value=None, remedy="add a table [server] to the site file")
-    server = build(ServerConfig, tables["server"], "server")
-    return replace(server, runs=base / server.runs, models=base / server.models)
+    startup = str(workspace_root.resolve() / "startup")
+    server = build(ServerConfig, {"kit": startup, **tables["server"]}, "server")
+    return replace(server, runs=base / server.runs, models=base / server.models, kit=base / server.kit)
 
 
 def load_site(file: Path, name: str) -> SiteConfig:
     """The settings of one site from a file named on the command line; raises like :func:`site_config`."""
     sites = _parse(file).get("sites", {})
     require(name in sites, argument="--site", value=name, remedy=f"give one of {sorted(sites)}")
-    return _site(sites[name], f"sites.{name}", _base(file))
+    startup = file.resolve().parent.parent / "startup"  # beside a provisioned site's local/
+    return _site(sites[name], f"sites.{name}", _base(file), startup=startup)
 
 
-def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
-    known = {"home", "data", "policy", "limits", "hardware"}
+def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> SiteConfig:
+    known = {"home", "data", "policy", "kit", "limits", "hardware"}
     require(
         set(table) <= known,
         argument=name,
@@ -146,6 +152,7 @@ def _site(table: Mapping[str, Any], name: str, base: Path) -> SiteConfig:
         home=base / table["home"],
         source=source,
         policy=build(PrivacyPolicy, table["policy"], f"{name}.policy"),
+        kit=base / table["kit"] if "kit" in table else startup,
         limits=build(DataLimits, table.get("limits", {}), f"{name}.limits"),
         hardware=build(HardwareConfig, table.get("hardware", {}), f"{name}.hardware"),
     )

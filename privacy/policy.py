@@ -11,10 +11,15 @@ from dataclasses import dataclass
 
 from privacy.errors import PrivacyError, require, require_count, require_number
 from privacy.plan import DPPlan
+from privacy.secagg.rules import Floor, Rules
 
 # Every rule that can refuse a job, as PolicyRefused.rule names it.
 RULES = (
     "required",
+    "secure_aggregation.required",
+    "secure_aggregation.peers",
+    "secure_aggregation.min_survivors",
+    "secure_aggregation.colluding_sites",
     "budgets.per_job.epsilon",
     "budgets.per_job.delta",
     "budgets.total.delta",
@@ -99,6 +104,8 @@ class PrivacyPolicy:
         max_clip_norm: ceiling on the steps' C, with adaptive clipping on the highest it can reach; None sets no limit.
             At a given σ it changes no ε: it bounds how far one patient moves the model, noise or not.
         may_leave: names of the statistics that may leave beside the model update.
+        secure_aggregation: with whom this site sums under masks and on which terms, and whether nothing else may leave;
+            None lets no job do so.
 
     Raises:
         InvalidPlan: an impossible value (a ValueError).
@@ -111,6 +118,7 @@ class PrivacyPolicy:
     min_noise_multiplier: float = 0.0
     max_clip_norm: float | None = None
     may_leave: tuple[str, ...] = ()
+    secure_aggregation: Floor | None = None
 
     def __post_init__(self) -> None:
         require_count(self.min_patients, argument="min_patients")
@@ -126,7 +134,15 @@ class PrivacyPolicy:
         names = type(self.may_leave) is tuple and all(type(name) is str and name for name in self.may_leave)
         require(names, argument="may_leave", value=self.may_leave, remedy="give a tuple of names")
 
-    def check(self, plan: DPPlan | None, *, patients: int, rounds: int, leaves: Collection[str]) -> None:
+    def check(
+        self,
+        plan: DPPlan | None,
+        *,
+        patients: int,
+        rounds: int,
+        leaves: Collection[str],
+        secure_aggregation: Rules | None = None,
+    ) -> None:
         """Let a job pass before it trains, or raise.
 
         Args:
@@ -134,6 +150,7 @@ class PrivacyPolicy:
             patients: number of patients it would train on, exactly.
             rounds: number of rounds it asks for.
             leaves: names of the statistics it would send beside the update.
+            secure_aggregation: the job's rules; None for a job that sends its updates without masks.
 
         Raises:
             PolicyRefused: naming the rule, the job's value, the site's limit and the remedy. What earlier jobs spent
@@ -142,6 +159,7 @@ class PrivacyPolicy:
         private = plan is not None or not self.required
         remedy = "give the job its block for differential privacy"
         _demand(private, "required", "no differential privacy", "differential privacy is required", remedy)
+        self.check_masks(secure_aggregation)
         _at_least("min_patients", patients, self.min_patients, "add patients")
         if self.max_rounds is not None:
             _at_most("max_rounds", rounds, self.max_rounds, "ask for fewer rounds")
@@ -149,6 +167,26 @@ class PrivacyPolicy:
         _demand(not extra, "may_leave", extra, f"only {sorted(self.may_leave)}", "turn the others off in the job")
         if plan is not None:
             self._check_plan(plan, patients)
+
+    def check_masks(self, rules: Rules | None) -> None:
+        """Let a job pass for its secure aggregation, or for its lack of it, or raise; part of :meth:`check`.
+
+        Raises:
+            PolicyRefused: naming the rule.
+        """
+        floor = self.secure_aggregation
+        if rules is None:
+            remedy = "give the job its block for secure aggregation, and the controller that goes with it"
+            free = floor is None or not floor.required
+            _demand(
+                free, "secure_aggregation.required", "no secure aggregation", "secure aggregation is required", remedy
+            )
+            return
+        remedy = "the site must name all sites that it sums with"
+        _demand(floor is not None, "secure_aggregation.peers", "secure aggregation", "no peers are named", remedy)
+        for name in ("min_survivors", "colluding_sites"):
+            least = getattr(floor, name)
+            _at_least(f"secure_aggregation.{name}", getattr(rules, name), least, "raise it in the job")
 
     def _check_plan(self, plan: DPPlan, patients: int) -> None:
         config, per_job, total = plan.config, self.budgets.per_job, self.budgets.total

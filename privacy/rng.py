@@ -38,6 +38,9 @@ class Randomness(Protocol):
     def poisson_sample(self, population: int, rate: float) -> NDArray[np.int64]:
         """Indices below ``population``, ascending, each included independently with probability ``rate``."""
 
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Independent uniform 64-bit words."""
+
 
 class _AesStream:
     """The transforms, over the key stream of AES-256-CTR."""
@@ -52,6 +55,10 @@ class _AesStream:
             block = target[start : start + len(_ZEROS)]
             self._cipher.update_into(_ZEROS[: len(block)], block)
         return words
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Independent uniform 64-bit words."""
+        return self._words(count)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Independent standard normal numbers, float64 on the CPU, of the shape.

@@ -1,5 +1,7 @@
 """Privacy policies of sites in tests, as they stand in a site file."""
 
+from collections.abc import Iterable
+
 ALL_STATISTICS = (
     "weight",
     "train_loss",
@@ -18,6 +20,9 @@ def policy_toml(
     total: float = 100.0,
     delta: float = 1e-2,
     may_leave: tuple[str, ...] = ALL_STATISTICS,
+    peers: Iterable[str] = (),
+    masks_required: bool = False,
+    min_survivors: int = 2,
     **rules: float,
 ) -> str:
     """One line, ``policy = {…}``; lets everything pass unless told otherwise."""
@@ -26,6 +31,14 @@ def policy_toml(
         f"budgets = {{ per_job = {{ epsilon = {per_job}, delta = {delta} }}, "
         f"total = {{ epsilon = {total}, delta = {delta} }} }}",
         f"may_leave = {list(may_leave)}",
+        *(
+            [
+                f"secure_aggregation = {{ peers = {list(peers)}, required = {str(masks_required).lower()}, "
+                f"min_survivors = {min_survivors} }}"
+            ]
+            if peers
+            else []
+        ),
         *(f"{name} = {value}" for name, value in rules.items()),
     ]
     return f"policy = {{ {', '.join(values)} }}".replace("'", '"')

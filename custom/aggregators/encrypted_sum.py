@@ -38,6 +38,7 @@ class EncryptedSum:
         self._mean: dict[str, NDArray[np.float32]] | None = None
         self.accepted: dict[str, dict[str, float]] = {}
         self.refused: dict[str, str] = {}
+        self.metrics: dict[str, float] = {}  # each site's are known
 
     def add(self, site: str, arrays: Any, meta: Mapping[str, Any]) -> bool:
         """Add a reply if all of it is one ciphertext of this job, or refuse it by the site's name.

@@ -32,6 +32,7 @@ class InTimeAverage:
         self._total = 0.0
         self.accepted: dict[str, dict[str, float]] = {}
         self.refused: dict[str, str] = {}
+        self.metrics: dict[str, float] = {}  # each site's are known
 
     def add(self, site: str, arrays: Any, meta: Mapping[str, Any]) -> bool:
         """Hold a reply against the list of what may be sent; add it, or refuse it by the site's name.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,13 +18,10 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.fedavg import FedAvg
 from torch import Tensor
 
+from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
-from custom.aggregators.round_average import RoundAverage
 from custom.codec import (
     SAMPLES,
-    TASK_EVALUATE,
-    TASK_RELEASE,
-    TASK_TRAIN,
     UNTRAINED_SAMPLES,
     Arrays,
     TaskHeader,
@@ -36,6 +33,7 @@ from custom.codec import (
     workspace_root,
 )
 from custom.config import ExperimentConfig, privacy_plan
+from custom.controllers.skip_list import SkipList
 from custom.device import use
 from custom.diffusion.ema import updated_ema
 from custom.diffusion.networks import Shapes, build_network, parameter_shapes
@@ -48,6 +46,32 @@ from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.site_file import ServerConfig, server_config
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
+
+Receive = Callable[[FLModel], bool]
+
+
+class Average(Protocol):
+    """What a round gave.
+
+    Attributes:
+        accepted: sites whose update went in, with what each reported.
+        refused: reason by site.
+        metrics: mean over the sites where no single site's are known.
+    """
+
+    @property
+    def accepted(self) -> dict[str, dict[str, float]]: ...  # noqa: D102
+    @property
+    def refused(self) -> dict[str, str]: ...  # noqa: D102
+    @property
+    def metrics(self) -> dict[str, float]: ...  # noqa: D102
+    def mean(self) -> dict[str, NDArray[np.float32]]: ...  # noqa: D102
+
+
+class Collector(Average, Protocol):
+    """The same while replies come in."""
+
+    def add(self, site: str, arrays: Any, meta: Mapping[str, Any]) -> bool: ...  # noqa: D102
 
 
 class RoundVoid(Exception):
@@ -66,22 +90,18 @@ class DiffusionFedAvg(FedAvg):
             carried on. Empty starts afresh.
     """
 
-    encryption: str | None = None  # what the experiment must ask for
-
     def __init__(self, resume_run: str = "") -> None:
         # Rounds and sites come from experiment.json; an error reply of one site is no reason to panic.
         super().__init__(persistor_id="", ignore_result_error=True)
         self._resume_run = resume_run
         self._error_codes: dict[str, str] = {}
+        self._skipped = SkipList()
 
     def run(self) -> None:
         """Train, evaluate, and write what the run leaves."""
         experiment = experiment_of(self.fl_ctx)
-        remedy = f"this job's workflow is {type(self).__name__}, which is for {self.encryption!r}"
-        require(
-            experiment.encryption == self.encryption, argument="encryption", value=experiment.encryption, remedy=remedy
-        )
         server = server_config(workspace_root=workspace_root(self.fl_ctx))
+        self._check(experiment, server)
         self._device = use(server.hardware)
         if self._resume_run:
             folder = resumed(server.runs, self._resume_run, experiment)
@@ -103,6 +123,13 @@ class DiffusionFedAvg(FedAvg):
             raise
         self.info(f"completed: {folder.path / 'receipt.json'}")
 
+    def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:
+        """Refuse an experiment that asks for what this controller does not do."""
+        asked, remedy = experiment.secure_aggregation, "name SecureFedAvg in config_fed_server.json"
+        require(asked is None, argument="secure_aggregation", value=asked, remedy=remedy)
+        said, remedy = experiment.encryption, "name EncryptedFedAvg in config_fed_server.json"
+        require(said is None, argument="encryption", value=said, remedy=remedy)
+
     def _prepared(self, experiment: ExperimentConfig, folder: RunFolder, server: ServerConfig) -> ModelFile:
         """The model before the first round: fresh or given weights, warmed up on the sites' noisy mean image."""
         model = _initial_model(experiment)
@@ -115,7 +142,7 @@ class DiffusionFedAvg(FedAvg):
             return model
         sites = sorted(client.name for client in self.engine.get_clients())
         self.info(f"mean image before training: asking {', '.join(sites)}")
-        average = self._ask(TASK_RELEASE, {}, _header(experiment, folder, 0), sites, shapes, experiment)
+        average = self._ask(tasks.RELEASE, {}, _header(experiment, folder, 0), sites, shapes, experiment)
         image = torch.from_numpy(average.mean()[MEAN_IMAGE])
         _grid((image[None] - 1).clamp(-1, 1).numpy(), folder.path / "mean_image.png", experiment, "noisy mean image")
         weights = warmed_up(model.weights, image, experiment, self._device)
@@ -128,11 +155,11 @@ class DiffusionFedAvg(FedAvg):
         shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
-            asked = drawn_sites([client.name for client in self.engine.get_clients()], experiment, round_number)
+            asked = self._invited(experiment, round_number)
             self.info(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
             header = _header(experiment, folder, round_number)
             try:
-                average = self._ask(TASK_TRAIN, to_numpy(model.weights), header, asked, shapes, experiment)
+                average = self._ask(tasks.TRAIN, to_numpy(model.weights), header, asked, shapes, experiment)
             except BudgetSpent as error:
                 if round_number == 0:
                     raise
@@ -146,6 +173,7 @@ class DiffusionFedAvg(FedAvg):
                 refused=average.refused,
                 silent=sorted(set(asked) - set(average.accepted) - set(average.refused)),
                 seconds=time.monotonic() - start,
+                mean=average.metrics,
             )
             folder.record(record)  # before the checkpoint: a crash between them repeats the round and its record
             folder.save_round(model)
@@ -157,6 +185,11 @@ class DiffusionFedAvg(FedAvg):
                 _grid(images, file, experiment, _after(round_number + 1))
         return model, None
 
+    def _invited(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
+        """Who is asked in a round: drawn, connected, and not left out for having been silent."""
+        drawn = drawn_sites([client.name for client in self.engine.get_clients()], experiment, round_number)
+        return self._skipped.asked(drawn, turn=round_number, at_least=experiment.federation.min_responses)
+
     def _ask(
         self,
         task: str,
@@ -165,26 +198,26 @@ class DiffusionFedAvg(FedAvg):
         asked: list[str],
         shapes: Shapes,
         experiment: ExperimentConfig,
-    ) -> RoundAverage:
-        """Send a task and average the replies, which have the given shapes, as they come in; raises as _collect."""
+    ) -> Average:
+        """Send a task and average the replies, which have the given shapes, as they come in.
+
+        Raises:
+            RoundVoid: too few acceptable ones until all have answered or the time is up.
+        """
         average = InTimeAverage(shapes, experiment)
         self._collect(average, task, arrays, header, asked, experiment)
         return average
 
     def _collect(
         self,
-        average: RoundAverage,
+        average: Collector,
         task: str,
         arrays: Arrays,
         header: TaskHeader,
         asked: list[str],
         experiment: ExperimentConfig,
     ) -> None:
-        """Send a task and add the replies as they come in.
-
-        Raises:
-            RoundVoid: too few acceptable ones until all have answered or the time is up.
-        """
+        """Send a task and add the replies as they come in; raises as :meth:`_ask`."""
 
         def receive(reply: FLModel) -> bool:
             site, meta = reply.meta["client_name"], sent_meta(reply)
@@ -195,7 +228,7 @@ class DiffusionFedAvg(FedAvg):
                 self.info(f"refused the reply of {site}: {average.refused[site]}")
             return added
 
-        self._send(task, task_model(arrays, header), asked, experiment, receive)
+        self._send(task, task_model(arrays, header), asked, experiment.federation.round_timeout_s, receive)
         for site, code in self._error_codes.items():
             average.refused.setdefault(site, f"answered {code}")
         if len(average.accepted) < experiment.federation.min_responses:
@@ -206,20 +239,27 @@ class DiffusionFedAvg(FedAvg):
                 f"refused: {average.refused or 'none'}; see those sites' logs"
             )
 
-    def _send(self, task: str, data: FLModel, targets: list[str], experiment: ExperimentConfig, receive: Any) -> None:
-        """Send a task and wait until all targets have answered or the round's time is up."""
+    def _send(self, task: str, data: FLModel, targets: list[str], timeout: int, receive: Receive) -> set[str]:
+        """Send a task, wait until all targets have answered or the time is up, and return who was silent."""
         self._error_codes = {}
-        self.send_model(
-            task_name=task,
-            data=data,
-            targets=targets,
-            timeout=experiment.federation.round_timeout_s,
-            callback=receive,
-        )
+        answered: set[str] = set()
+
+        def received(reply: FLModel) -> bool:
+            answered.add(reply.meta["client_name"])
+            return receive(reply)
+
+        connected = {client.name for client in self.engine.get_clients()}
+        present = [site for site in targets if site in connected]
+        if present:  # to NVFlare no targets are all of them
+            self.send_model(task_name=task, data=data, targets=present, timeout=timeout, callback=received)
         while self.get_num_standing_tasks():
             if self.abort_signal.triggered:
                 raise RoundVoid("the job was aborted")
             time.sleep(0.1)
+        answered |= set(self._error_codes)
+        silent = set(targets) - answered
+        self._skipped.note(answered=answered, silent=silent, turn=data.current_round)
+        return silent
 
     def _accept_train_result(
         self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
@@ -239,6 +279,18 @@ class DiffusionFedAvg(FedAvg):
         _grid(first, folder.path / "samples.png", experiment, _after(model.rounds_done))
         untrained = self._sample(experiment, _initial_model(experiment), count)
         arrays = to_numpy(model.ema) | {SAMPLES: grey_levels(images), UNTRAINED_SAMPLES: grey_levels(untrained)}
+        header = _header(experiment, folder, experiment.federation.rounds)
+        sites = sorted(folder.records()[-1]["accepted"])  # who was silent in the last round would cost a timeout again
+        self.info(f"evaluation: asking {', '.join(sites)}")
+        mean, by_site = self._evaluated(arrays, header, sites, experiment)
+        said = ", ".join(f"{name} {value:.4f}" for name, value in mean.items() if name != "seconds")
+        self.info(f"mean over sites: {said or 'withheld: each site keeps its figures, see its pictures folder'}")
+        return {"mean": {name: mean[name] for name in sorted(mean) if name != "seconds"}, "sites": by_site}
+
+    def _evaluated(
+        self, arrays: Arrays, header: TaskHeader, sites: list[str], experiment: ExperimentConfig
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """The sites' figures about the finished model: their mean, and each site's where they are known."""
         figures: dict[str, dict[str, float]] = {}
 
         def receive(reply: FLModel) -> bool:
@@ -251,18 +303,13 @@ class DiffusionFedAvg(FedAvg):
             figures[site] = {name: float(value) for name, value in (reply.metrics or {}).items()}
             return True
 
-        header = _header(experiment, folder, experiment.federation.rounds)
-        sites = sorted(folder.records()[-1]["accepted"])  # who was silent in the last round would cost a timeout again
-        self.info(f"evaluation: asking {', '.join(sites)}")
-        self._send(TASK_EVALUATE, task_model(arrays, header), sites, experiment, receive)
+        self._send(tasks.EVALUATE, task_model(arrays, header), sites, experiment.federation.round_timeout_s, receive)
         mean = {
             name: float(np.mean([site[name] for site in figures.values() if name in site]))
-            for name in sorted(evaluation_metrics(experiment) - {"seconds"})
+            for name in evaluation_metrics(experiment)
             if any(name in site for site in figures.values())
         }
-        said = ", ".join(f"{name} {value:.4f}" for name, value in mean.items())
-        self.info(f"mean over sites: {said or 'withheld: each site keeps its figures, see its pictures folder'}")
-        return {"mean": mean, "sites": figures}
+        return mean, figures
 
     def _sample(self, experiment: ExperimentConfig, model: ModelFile, count: int) -> NDArray[np.float32]:
         network, schedule = model.sampling_network()
@@ -369,7 +416,7 @@ def _after(rounds: int) -> str:
 
 def _summary(record: RoundRecord, experiment: ExperimentConfig) -> str:
     def mean(name: str, said: str) -> list[str]:
-        values = [metrics[name] for metrics in record.accepted.values() if name in metrics]
+        values = [metrics[name] for metrics in (*record.accepted.values(), record.mean) if name in metrics]
         return [f"{said} {np.mean(values):.4f}"] if values else []
 
     parts: Iterable[str] = (

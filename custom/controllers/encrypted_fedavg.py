@@ -6,13 +6,16 @@ from typing import Any
 
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
+from custom import tasks
 from custom.aggregators.encrypted_sum import EncryptedSum
-from custom.codec import TASK_DECRYPT, Arrays, TaskHeader, decrypt_task, he_context
+from custom.codec import Arrays, TaskHeader, decrypt_task, he_context
 from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import DiffusionFedAvg, RoundVoid, sent_meta
 from custom.diffusion.networks import Shapes
 from custom.egress import EgressRefused
 from custom.he_contexts import SERVER_CONTEXT
+from custom.site_file import ServerConfig
+from custom.strict import require
 
 
 class EncryptedFedAvg(DiffusionFedAvg):
@@ -21,12 +24,12 @@ class EncryptedFedAvg(DiffusionFedAvg):
     It keeps an honest but curious server from single updates. See docs/threat_model.md for what it does not do.
     """
 
-    encryption = "ckks"
+    _context: Any
 
-    def run(self) -> None:
-        """Load the context without a secret key, then do as the plain job."""
-        self._context: Any = he_context(self.fl_ctx, SERVER_CONTEXT, secret_key=False)
-        super().run()
+    def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:
+        there, remedy = experiment.encryption is not None, 'missing; give "ckks", or name DiffusionFedAvg'
+        require(there, argument="encryption", value=None, remedy=remedy)
+        self._context = he_context(self.fl_ctx, SERVER_CONTEXT, secret_key=False)
 
     def _ask(
         self,
@@ -70,7 +73,8 @@ class EncryptedFedAvg(DiffusionFedAvg):
             return True
 
         self.info(f"asking {site} to open the sum of {len(total.accepted)} updates")
-        self._send(TASK_DECRYPT, decrypt_task(*total.ciphertext(), header), [site], experiment, receive)
+        timeout = experiment.federation.round_timeout_s
+        self._send(tasks.DECRYPT, decrypt_task(*total.ciphertext(), header), [site], timeout, receive)
         if not refused:
             return None
         code = self._error_codes.get(site)

@@ -1,7 +1,8 @@
 """The site's side of a run: train a round, compare samples with held-out patients, open an encrypted sum.
 
 Under differential privacy a release is trained for only after the site's policy has passed the job and its ledger has
-set the cost aside, and leaves only after it was charged.
+set the cost aside, and leaves only after it was charged. Under secure aggregation whatever would leave goes under masks
+first; they are made before the work begins.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from torch import Tensor
 
+from custom import tasks
 from custom.codec import (
     SAMPLES,
-    TASK_DECRYPT,
-    TASK_EVALUATE,
-    TASK_RELEASE,
-    TASK_TRAIN,
     UNTRAINED_SAMPLES,
     Arrays,
+    FromSite,
     TaskHeader,
+    ToSite,
+    content_of,
     experiment_of,
     he_context,
+    masked_reply,
     mean_reply,
     metrics_reply,
     read_task,
+    stage_reply,
     to_torch,
     update_reply,
     workspace_root,
@@ -47,12 +50,13 @@ from custom.egress import (
     BUDGET_SPENT,
     MEAN_IMAGE,
     POLICY_CODES,
+    SECAGG_REFUSED,
     evaluation_metrics,
     mean_image_shape,
     statistics_that_leave,
 )
 from custom.evaluation import MIN_IMAGES, evaluate
-from custom.filters.egress_gate import passed
+from custom.filters.egress_gate import checked, passed
 from custom.filters.encryption import require_encryption
 from custom.he_contexts import CLIENT_CONTEXT
 from custom.he_packing import opened, packed_name
@@ -61,6 +65,7 @@ from custom.privacy_config import MeanImageConfig
 from custom.private_training import release_mean_image, train_private_round, training_patients
 from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
+from custom.site_sessions import SiteSessions
 from custom.site_state import SiteState
 from custom.strict import require
 from custom.training import held_out_loss, train_round
@@ -70,6 +75,8 @@ from privacy.ledger import Attempt, BudgetExceeded, Ledger, Run
 from privacy.plan import RELEASE_BEFORE_TRAINING, DPPlan, round_release
 from privacy.policy import PolicyRefused
 from privacy.rng import SecureRandomness
+from privacy.secagg.errors import ProtocolViolation, SecAggError
+from privacy.secagg.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +97,16 @@ class _Site:
     def plan(self) -> DPPlan | None:
         return privacy_plan(self.experiment)
 
+    @property
+    def masks_asked(self) -> Rules | None:
+        asked = self.experiment.secure_aggregation
+        return None if asked is None else asked.rules
+
+    def sessions(self, header: TaskHeader) -> SiteSessions:
+        """The site's part in secure aggregation, if its policy lets the job have one."""
+        self.config.policy.check_masks(self.masks_asked)
+        return SiteSessions.of_run(self.config, self.name, self.experiment, header.run_id)
+
     def admitted(self) -> Cohort:
         """The site's cohort, if its policy lets the job use it."""
         cohort = self._cohort()
@@ -98,6 +115,7 @@ class _Site:
             patients=len(training_patients(cohort)),
             rounds=self.experiment.federation.rounds,
             leaves=statistics_that_leave(self.experiment),
+            secure_aggregation=self.masks_asked,
         )
         return cohort
 
@@ -111,8 +129,8 @@ class _Site:
     def charged(
         self, ledger: Ledger, attempt: Attempt, event: MechanismEvent, arrays: Mapping[str, Tensor]
     ) -> Shareable:
-        """The reply with what was released, once the gate has passed it and the ledger has charged it."""
-        reply = passed(update_reply(arrays, weight=1.0, metrics={}), self.experiment)
+        """The reply with what was released, once it was checked and the ledger has charged it."""
+        reply = checked(update_reply(arrays, weight=1.0, metrics={}), self.experiment)
         ledger.charge(attempt, event, sha256=release_sha256(arrays), budgets=self.config.policy.budgets)
         return reply
 
@@ -134,7 +152,7 @@ class _Site:
 
 
 class DiffusionTrainer(Executor):
-    """Answers ``release``, ``train``, ``decrypt`` and ``evaluate``; what it keeps in between is on the site's disk."""
+    """Answers the tasks of :mod:`custom.tasks`; what it keeps between them is on the site's disk."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do one task. Whatever goes wrong stays in the site's own log; only a return code leaves."""
@@ -148,23 +166,17 @@ class DiffusionTrainer(Executor):
                 device=use(config.hardware),
                 abort=abort_signal,
             )
-            arrays, header = read_task(shareable)
+            arrays, header, message = read_task(shareable)
             _check_agreement(header, experiment)
-            if experiment.encryption is not None and task_name in (TASK_RELEASE, TASK_TRAIN):
+            if experiment.encryption is not None and task_name in (tasks.RELEASE, tasks.TRAIN):
                 require_encryption(task_name, fl_ctx)
                 he_context(fl_ctx, CLIENT_CONTEXT, secret_key=True)
-            if task_name == TASK_TRAIN and site.plan is not None:
-                reply = _train_privately(site, site.plan, arrays, header)
-            elif task_name == TASK_TRAIN:
-                reply = _train(site, arrays, header)
-            elif task_name == TASK_RELEASE and experiment.privacy and experiment.privacy.mean_image and site.plan:
-                reply = _release(site, site.plan, experiment.privacy.mean_image, header)
-            elif task_name == TASK_DECRYPT and experiment.encryption is not None:
-                reply = _decrypt(site, arrays, header)
-            elif task_name == TASK_EVALUATE:
-                reply = _evaluate(site, arrays, header)
+            if experiment.secure_aggregation is None:
+                reply = _work(site, task_name, arrays, header)
+            elif task_name == tasks.SECAGG:
+                reply = stage_reply(_stage(site, message, header))
             else:
-                return make_reply(ReturnCode.TASK_UNKNOWN)
+                reply = _masked_work(site, task_name, arrays, header, message)
             return passed(reply, experiment)
         except Aborted:
             return make_reply(ReturnCode.TASK_ABORTED)
@@ -172,9 +184,57 @@ class DiffusionTrainer(Executor):
             # A warning, because kits may stream errors to the server, and this one may name the exact patient count.
             self.log_warning(fl_ctx, f"{task_name} refused by this site; nothing leaves it: {error}")
             return make_reply(POLICY_CODES[error.rule] if isinstance(error, PolicyRefused) else BUDGET_SPENT)
+        except SecAggError as error:
+            self.log_warning(fl_ctx, f"{task_name}: this site's part in secure aggregation is over: {error}")
+            return make_reply(SECAGG_REFUSED)
         except Exception:
             self.log_exception(fl_ctx, f"{task_name} failed; nothing of it leaves this site")
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+
+
+def _work(site: _Site, task: str, arrays: Arrays, header: TaskHeader) -> Shareable:
+    """The plain reply of a task with work in it."""
+    private = site.experiment.privacy
+    if task == tasks.TRAIN and site.plan is not None:
+        return _train_privately(site, site.plan, arrays, header)
+    if task == tasks.TRAIN:
+        return _train(site, arrays, header)
+    if task == tasks.RELEASE and private is not None and private.mean_image is not None and site.plan is not None:
+        return _release(site, site.plan, private.mean_image, header)
+    if task == tasks.DECRYPT and site.experiment.encryption is not None:
+        return _decrypt(site, arrays, header)
+    if task == tasks.EVALUATE:
+        return _evaluate(site, arrays, header)
+    return make_reply(ReturnCode.TASK_UNKNOWN)
+
+
+def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, message: ToSite) -> Shareable:
+    """The same under masks, which are summed before the work begins: afterwards they cost one addition."""
+    session = message.session
+    ours = session is not None and (session.task, session.round_number) == (task, header.round_number)
+    if session is None or message.boxes is None or not ours:
+        remedy = "a task with work needs its own session and the peers' boxes"
+        raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
+    masking = site.sessions(header).masking(session, message.boxes)
+    reply = _work(site, task, arrays, header)
+    if reply.get_return_code() != ReturnCode.OK:
+        return reply
+    return masked_reply(masking(*content_of(checked(reply, site.experiment))))
+
+
+def _stage(site: _Site, message: ToSite, header: TaskHeader) -> FromSite:
+    """What the protocol asks between two tasks with work: about the running session, and about the next."""
+    sessions, running, opening = site.sessions(header), message.session, message.opening
+    signed = revealed = advert = boxes = None
+    if running is not None and message.survivors is not None and site.name in message.survivors.survived:
+        signed = sessions.confirm(running, message.survivors)
+    if running is not None and site.name in (one.party for one in message.signatures or ()):
+        revealed = sessions.reveal(running, message.signatures or ())
+    if opening is not None and message.roster is None:
+        advert = sessions.open(opening)
+    elif opening is not None and message.roster is not None and site.name in message.roster.parties:
+        boxes = sessions.share(opening, message.roster)
+    return FromSite(signed=signed, revealed=revealed, advert=advert, boxes=boxes)
 
 
 def _check_agreement(header: TaskHeader, experiment: ExperimentConfig) -> None:
@@ -265,6 +325,7 @@ def _release(site: _Site, plan: DPPlan, asked: MeanImageConfig, header: TaskHead
 def _decrypt(site: _Site, arrays: Mapping[str, Any], header: TaskHeader) -> Shareable:
     """The mean of a sum that NVFlare's decryptor has opened, which is for the server and says nothing of one site."""
     experiment = site.experiment
+    site.config.policy.check_masks(site.masks_asked)  # who may not train for this job opens none of its sums
     released = [parameter_shapes(experiment.network, experiment.preprocess.spatial_dims), mean_image_shape(experiment)]
     shapes = {packed_name(shapes): shapes for shapes in released if shapes is not None}
     require(len(arrays) == 1 and set(arrays) <= set(shapes), argument="sum", value=sorted(arrays), remedy="give one")

@@ -1,31 +1,38 @@
-"""The gate at a site's boundary, as an NVFlare result filter."""
+"""The gate at a site's boundary, as an NVFlare result filter.
+
+With secure aggregation nothing but masked vectors and the protocol's own messages pass it.
+"""
 
 from __future__ import annotations
 
-from nvflare.apis.dxo import DataKind, from_shareable
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, ReturnCode, Shareable, make_reply
 
-from custom.codec import experiment_of, reply_meta
+from custom.codec import MASKED, experiment_of, read_answer, reply_meta
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import parameter_shapes
 from custom.egress import (
     BUDGET_SPENT,
     POLICY_CODES,
+    SECAGG_REFUSED,
     EgressRefused,
     check_arrays,
+    check_masked,
     check_metrics,
     check_update,
     evaluation_metrics,
     mean_image_shape,
 )
+from custom.masked_vector import vector_sizes
 
 # All that a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
 ENTRIES = frozenset({"DXO", ReservedHeaderKey.HEADERS})
 HEADERS = frozenset({ReservedHeaderKey.CONTENT_TYPE})
 CODES = frozenset(
-    {value for name, value in vars(ReturnCode).items() if name.isupper()} | {BUDGET_SPENT, *POLICY_CODES.values()}
+    {value for name, value in vars(ReturnCode).items() if name.isupper()}
+    | {BUDGET_SPENT, SECAGG_REFUSED, *POLICY_CODES.values()}
 )
 
 
@@ -50,13 +57,27 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     code = reply.get_return_code()
     if code != ReturnCode.OK:
         return make_reply(code if code in CODES else ReturnCode.ERROR)
-    beside = set(reply) - ENTRIES
-    headers = set(reply.get(ReservedHeaderKey.HEADERS, {})) - HEADERS
-    if beside or headers:
-        raise EgressRefused(f"reply: {len(beside)} entries and {len(headers)} headers beside the data; remove them")
-    if reply.get_header(ReservedHeaderKey.CONTENT_TYPE) != "DXO":
-        raise EgressRefused("reply: no data in it; answer with a DXO or with an error code")
-    dxo = from_shareable(reply)
+    if config.secure_aggregation is None:
+        return checked(reply, config)
+    dxo = _dxo(reply)
+    if dxo.data_kind != DataKind.WEIGHTS or dxo.meta or not isinstance(dxo.data, dict):
+        raise EgressRefused(f"data kind {dxo.data_kind!r}: under secure aggregation nothing leaves without a mask")
+    if MASKED not in dxo.data:
+        read_answer(dxo.data)
+        return reply
+    if set(dxo.data) != {MASKED}:
+        raise EgressRefused(f"reply: {len(dxo.data) - 1} entries beside the masked vector; remove them")
+    check_masked(dxo.data[MASKED], sizes=vector_sizes(config), ring_bits=config.secure_aggregation.ring_bits)
+    return reply
+
+
+def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
+    """The reply if all of it is on the list, as it leaves without masks or goes under them.
+
+    Raises:
+        EgressRefused: something in it is not on the list.
+    """
+    dxo = _dxo(reply)
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
         shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
         before_training = mean_image_shape(config)
@@ -73,3 +94,13 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     else:
         raise EgressRefused(f"data kind {dxo.data_kind!r}: only a weight difference or metrics may leave")
     return reply
+
+
+def _dxo(reply: Shareable) -> DXO:
+    beside = set(reply) - ENTRIES
+    headers = set(reply.get(ReservedHeaderKey.HEADERS, {})) - HEADERS
+    if beside or headers:
+        raise EgressRefused(f"reply: {len(beside)} entries and {len(headers)} headers beside the data; remove them")
+    if reply.get_header(ReservedHeaderKey.CONTENT_TYPE) != "DXO":
+        raise EgressRefused("reply: no data in it; answer with a DXO or with an error code")
+    return from_shareable(reply)

@@ -85,7 +85,7 @@ def test_a_task_arrives_as_it_was_sent_and_a_malformed_one_is_refused(experiment
 
     header = TaskHeader(run_id="r", round_number=3, config_sha256="a", schedule_sha256="b")
     arrays = {"w": np.arange(3, dtype=np.float32)}
-    received, again = read_task(FLModelUtils.to_shareable(task_model(arrays, header)))
+    received, again, _ = read_task(FLModelUtils.to_shareable(task_model(arrays, header)))
     assert again == header
     np.testing.assert_array_equal(received["w"], arrays["w"])
     with pytest.raises(ConfigError, match="task"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from custom.aggregators.encrypted_sum import EncryptedSum
 from custom.codec import TaskHeader, decrypt_task, he_context, mean_reply, read_task, reply_meta, to_torch, update_reply
 from custom.config import ExperimentConfig
+from custom.controllers.diffusion_fedavg import DiffusionFedAvg
 from custom.controllers.encrypted_fedavg import EncryptedFedAvg
 from custom.diffusion.networks import Shapes, parameter_shapes
 from custom.egress import EgressRefused
@@ -25,6 +27,8 @@ from custom.filters.egress_gate import EgressGate, passed
 from custom.filters.encryption import CiphertextGate, PackUpdate, require_chain, require_encryption, sealed
 from custom.he_contexts import CLIENT_CONTEXT, SERVER_CONTEXT, new_context, serialized
 from custom.he_packing import FLOOD_STD, UPDATE, opened
+from custom.secure_config import SecureAggregationConfig
+from custom.site_file import ServerConfig
 from custom.strict import ConfigError
 from privacy.rng import SecureRandomness
 
@@ -197,7 +201,7 @@ def test_the_sum_opens_to_the_plain_weighted_mean(
     task = FLModelUtils.to_shareable(decrypt_task(name, content, header))
     decryptor = decryptors.HEModelDecryptor()
     decryptor.tenseal_context = client
-    arrays, read = read_task(decryptor.process(task, FLContext()))
+    arrays, read, _ = read_task(decryptor.process(task, FLContext()))
     assert read == header
     mean = opened(arrays[UPDATE], shapes, SecureRandomness())  # type: ignore[arg-type]
     total.open_with(from_shareable(passed(mean_reply(mean), encrypted)).data)
@@ -350,16 +354,18 @@ def test_privacy_and_encryption_go_together(private_experiment: ExperimentConfig
 
 
 def test_each_workflow_refuses_the_others_experiment(
-    experiment: ExperimentConfig, encrypted: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+    experiment: ExperimentConfig, encrypted: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from custom.controllers import diffusion_fedavg, encrypted_fedavg
+    server = ServerConfig(runs=tmp_path, kit=tmp_path)
+    monkeypatch.setattr("custom.controllers.encrypted_fedavg.he_context", lambda *_, **__: None)
+    DiffusionFedAvg()._check(experiment, server)
+    EncryptedFedAvg()._check(encrypted, server)
+    with pytest.raises(ConfigError, match="encryption"):
+        DiffusionFedAvg()._check(encrypted, server)
+    with pytest.raises(ConfigError, match="encryption"):
+        EncryptedFedAvg()._check(experiment, server)
 
-    monkeypatch.setattr(encrypted_fedavg, "he_context", lambda *_, **__: None)
-    for controller, wrong in (
-        (diffusion_fedavg.DiffusionFedAvg(), encrypted),
-        (EncryptedFedAvg(), experiment),
-    ):
-        controller.fl_ctx = FLContext()
-        monkeypatch.setattr(diffusion_fedavg, "experiment_of", lambda _, wrong=wrong: wrong)
-        with pytest.raises(ConfigError, match="encryption"):
-            controller.run()
+
+def test_masks_and_encryption_are_two_ways_of_which_a_job_takes_one(encrypted: ExperimentConfig) -> None:
+    with pytest.raises(ConfigError, match="secure_aggregation"):
+        replace(encrypted, secure_aggregation=SecureAggregationConfig())

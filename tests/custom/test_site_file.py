@@ -17,6 +17,7 @@ runs = "runs"
 home = "homes/a"
 {policy_toml(total=150.0)}
 data = {{ folder = "scans", format = "dicom" }}
+kit = "kits/a"
 limits = {{ min_patients = 3 }}
 hardware = {{ device = "cpu", threads = 2 }}
 
@@ -41,6 +42,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_paths_are_taken_from_the_folder_that_holds_the_workspace(workspace: Path, tmp_path: Path) -> None:
     site = site_config("a", workspace_root=workspace)
     assert site.home == tmp_path / "homes/a"
+    assert site.kit == tmp_path / "kits/a"
+    assert site_config("b", workspace_root=workspace).kit == workspace / "startup"
+    assert server_config(workspace_root=workspace).kit == workspace / "startup"
     assert site.source == FolderSource(folder=tmp_path / "scans", format="dicom")
     assert site.limits.min_patients == 3
     assert site.hardware.threads == 2

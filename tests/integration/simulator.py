@@ -16,6 +16,7 @@ from policies import policy_toml
 from custom.config import ExperimentConfig
 from custom.he_contexts import make_contexts
 from custom.run_folder import newest_run
+from custom.simulator_kits import make_kits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EMBEDDED = "data = {{ embedded = {{ hospital = {number}, patients = 16, slices = 8, matrix = 64, seed = 1 }} }}"
@@ -49,21 +50,26 @@ def write_job(
     recorded: Path | None = None,
     resume_run: str = "",
 ) -> Path:
-    """The repository's job for such an experiment, private or encrypted, with that experiment and other sites.
+    """The repository's job for such an experiment, with that experiment and other sites.
 
     ``faulty`` swaps the executor and, unless encrypted, drops the gate; ``recorded`` adds a filter behind all others.
     """
-    kind = "_he" if experiment.encryption else "_dp" if experiment.privacy else ""
-    source = REPOSITORY / "jobs" / f"ct_ddpm{kind}"
+    name = "ct_ddpm" if experiment.privacy is None else "ct_ddpm_dp"
+    source = REPOSITORY / "jobs" / (name if experiment.secure_aggregation is None else "ct_ddpm_secagg")
+    if experiment.encryption is not None:
+        source = REPOSITORY / "jobs" / "ct_ddpm_he"
     config = base / "job" / "app" / "config"
     config.mkdir(parents=True, exist_ok=True)
     meta = json.loads((source / "meta.json").read_text())
     meta["deploy_map"] = {"app": ["server", *sites]}
     (base / "job" / "meta.json").write_text(json.dumps(meta))
     client = json.loads((source / "app/config/config_fed_client.json").read_text())
+    if experiment.privacy is not None and experiment.secure_aggregation is not None:
+        for entry in (*client["executors"], *client["task_result_filters"]):
+            entry["tasks"].append("release")
     if faulty is not None:
         client["executors"][0]["executor"] = {"path": "faulty_sites.FaultySite", "args": dict(faulty)}
-        if not experiment.encryption:
+        if experiment.encryption is None:
             client["task_result_filters"] = []
     if recorded is not None:
         recorder = {"path": "faulty_sites.Recorder", "args": {"folder": str(recorded)}}
@@ -105,20 +111,24 @@ def simulate(
     """
     if not isinstance(sites, Mapping):
         sites = {name: EMBEDDED.format(number=number) for number, name in enumerate(sites)}
-    policy = policy or policy_toml()
+    policy = policy or policy_toml(peers=[] if experiment.secure_aggregation is None else sites)
+    if experiment.secure_aggregation is not None and not (base / "kits").is_dir():
+        make_kits(base / "kits" / "server", {name: base / "kits" / name for name in sites})
     job = write_job(base, experiment, list(sites), faulty=faulty, recorded=recorded, resume_run=resume_run)
     site_file = base / "sites.toml"
     tables = [
-        f'[sites.{name}]\nhome = "sites/{name}"\n{policy}\nhardware = {{ threads = 1 }}\n{data}\n'
+        f'[sites.{name}]\nhome = "sites/{name}"\nkit = "kits/{name}"\n{policy}\nhardware = {{ threads = 1 }}\n{data}\n'
         for name, data in sites.items()
     ]
-    site_file.write_text('[server]\nruns = "runs"\nhardware = { threads = 1 }\n\n' + "\n".join(tables))
+    site_file.write_text(
+        '[server]\nruns = "runs"\nkit = "kits/server"\nhardware = { threads = 1 }\n\n' + "\n".join(tables)
+    )
     local = base / "workspace" / "local"
     local.mkdir(parents=True, exist_ok=True)
     resources = json.loads((REPOSITORY / "simulator_workspace/local/resources.json").read_text())
     resources["class_allow_list"].append("faulty_sites.")
     (local / "resources.json").write_text(json.dumps(resources))
-    if experiment.encryption:
+    if experiment.encryption is not None:
         make_contexts(base / "workspace" / "startup")
     environment = os.environ | {
         "FEDCT_SITE_FILE": str(site_file),

@@ -1,0 +1,282 @@
+"""FedAvg under secure aggregation: the server adds masked vectors and sees their sum.
+
+One session of :mod:`privacy.secagg` for each sum, in three tasks a site: the work, whose reply is the masked vector;
+the survivors, to be signed, whose reply also advertises keys for the next session; and the signatures, upon which
+shares are revealed, whose reply also deals the next session's shares. Only a run's first session, and one after a
+failure, takes two more tasks before its work.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from nvflare.app_common.abstract.fl_model import FLModel
+
+from custom import tasks
+from custom.codec import (
+    MASKED,
+    Arrays,
+    FromSite,
+    TaskHeader,
+    ToSite,
+    read_answer,
+    task_model,
+)
+from custom.config import ExperimentConfig
+from custom.controllers.diffusion_fedavg import BudgetSpent, DiffusionFedAvg, RoundVoid
+from custom.diffusion.networks import Shapes
+from custom.egress import BUDGET_SPENT, EgressRefused, check_arrays
+from custom.masked_vector import session_encoding, split_means
+from custom.site_file import ServerConfig
+from custom.site_sessions import kit_root
+from custom.strict import ConfigError, require
+from privacy.secagg.encoding import Encoding
+from privacy.secagg.errors import SecAggError, TooFew
+from privacy.secagg.messages import Roster, Session
+from privacy.secagg.server import Server
+
+ATTEMPTS = 2  # at one sum, each with fresh keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedAverage:
+    """What a session gave.
+
+    Attributes:
+        arrays: mean of the survivors' arrays, float32, by name.
+        metrics: mean of their metrics.
+        accepted: the survivors; what one of them reported is not known.
+        refused: reason by site.
+    """
+
+    arrays: dict[str, NDArray[np.float32]]
+    metrics: dict[str, float]
+    accepted: dict[str, dict[str, float]]
+    refused: dict[str, str]
+
+    def mean(self) -> dict[str, NDArray[np.float32]]:
+        """The arrays."""
+        return self.arrays
+
+
+class _Sum:
+    """One session at the server, with what belongs to it here.
+
+    Attributes:
+        server: the protocol's.
+        invited: who may advertise.
+        roster: and ``encoding``, once the adverts are in.
+    """
+
+    roster: Roster
+    encoding: Encoding
+
+    def __init__(self, server: Server, invited: Collection[str], experiment: ExperimentConfig) -> None:
+        self.server, self.invited, self._experiment = server, sorted(invited), experiment
+        self.task, self.round_number = server.session.task, server.session.round_number
+
+    def close_adverts(self) -> None:
+        """Fix the roster; raises ``TooFew``."""
+        parties = max(self.server.advertised, 2)
+        self.encoding = session_encoding(self._experiment, self.server.session.task, parties=parties)
+        self.roster = self.server.roster(size=self.encoding.size)
+
+    def take(self, site: str, answer: FromSite) -> None:
+        """The site's part in opening this session; raises ``SecAggError``."""
+        if answer.advert is not None and site in self.invited:
+            self.server.add_advert(site, answer.advert)
+        if answer.boxes is not None:
+            self.server.add_boxes(site, answer.boxes)
+
+
+class SecureFedAvg(DiffusionFedAvg):
+    """FedAvg over sums under masks.
+
+    Args:
+        resume_run: as of :class:`DiffusionFedAvg`.
+    """
+
+    def __init__(self, resume_run: str = "") -> None:
+        super().__init__(resume_run)
+        self._next: _Sum | None = None
+        self._refused: dict[str, str] = {}
+
+    def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:
+        there, remedy = experiment.secure_aggregation is not None, "missing; give the block, or name DiffusionFedAvg"
+        require(there, argument="secure_aggregation", value=None, remedy=remedy)
+        self._root = kit_root(server.kit)
+
+    def _ask(
+        self,
+        task: str,
+        arrays: Arrays,
+        header: TaskHeader,
+        asked: list[str],
+        shapes: Shapes,
+        experiment: ExperimentConfig,
+    ) -> MaskedAverage:
+        self._refused = {}
+        for attempt in range(1, ATTEMPTS + 1):
+            running, self._next = self._next, None
+            try:
+                if running is None or (running.task, running.round_number) != (task, header.round_number):
+                    running = self._opened(task, header, asked, experiment)
+                average = self._summed(running, arrays, header, experiment)
+                check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
+                return average
+            except (SecAggError, EgressRefused) as error:
+                said = f"{task} in round {header.round_number + 1}: {error}; refused: {self._refused or 'none'}"
+                spent = any(BUDGET_SPENT in reason for reason in self._refused.values())
+                if spent or attempt == ATTEMPTS:
+                    raise (BudgetSpent if spent else RoundVoid)(f"{said}; see those sites' logs") from error
+                self.info(f"{said}; once more, with fresh keys")
+        raise AssertionError  # the last attempt returned or raised
+
+    def _evaluated(
+        self, arrays: Arrays, header: TaskHeader, sites: list[str], experiment: ExperimentConfig
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        try:
+            return self._ask(tasks.EVALUATE, arrays, header, sites, {}, experiment).metrics, {}
+        except RoundVoid as error:
+            self.info(f"no figures: {error}")
+            return {}, {}
+
+    def _opened(self, task: str, header: TaskHeader, asked: list[str], experiment: ExperimentConfig) -> _Sum:
+        """A session made ready in two tasks of its own; raises ``SecAggError``."""
+        opening = self._session(task, header, header.round_number, asked, experiment)
+        self.info(f"secure aggregation: opening a session with {', '.join(asked)}")
+        session = opening.server.session
+        self._stage(ToSite(opening=session), header, opening.invited, experiment, opening.take)
+        opening.close_adverts()
+        parties = opening.roster.parties
+        self._stage(ToSite(opening=session, roster=opening.roster), header, parties, experiment, opening.take)
+        return opening
+
+    def _summed(self, running: _Sum, arrays: Arrays, header: TaskHeader, experiment: ExperimentConfig) -> MaskedAverage:
+        """The work, the signatures and the shares of one session; raises ``SecAggError`` if nothing is decoded."""
+        server, session = running.server, running.server.session
+        boxes = server.boxes()
+        shared = sorted({box.sender for box in boxes})
+        data = task_model(arrays, header, ToSite(session=session, boxes=boxes))
+
+        def masked(reply: FLModel) -> bool:
+            return self._taken(reply, lambda site: server.add_masked(site, (reply.params or {}).get(MASKED)))
+
+        self._sent(session.task, data, shared, experiment.federation.round_timeout_s, masked)
+        survivors = server.close()
+        least, count = experiment.federation.min_responses, len(survivors.survived)
+        if count < least:
+            remedy = f"federation.min_responses = {least}; nothing is decoded"
+            raise TooFew(argument="masked vectors", value=count, remedy=remedy)
+
+        following = self._following(session.task, header, survivors.survived, experiment)
+
+        def confirmed(site: str, answer: FromSite) -> None:
+            if answer.signed is not None:
+                server.add_signature(site, answer.signed)
+            if following is not None:
+                following.take(site, answer)
+
+        opening = None if following is None else following.server.session
+        message = ToSite(session=session, survivors=survivors, opening=opening)
+        invited = set() if following is None else set(following.invited)
+        self._stage(message, header, {*survivors.survived, *invited}, experiment, confirmed)
+        signatures = server.signatures()
+        following = self._with_roster(following)
+
+        def revealed(site: str, answer: FromSite) -> None:
+            if answer.revealed is not None:
+                server.add_revealed(site, answer.revealed)
+            if following is not None:
+                following.take(site, answer)
+
+        message = ToSite(
+            session=session,
+            signatures=signatures,
+            opening=None if following is None else following.server.session,
+            roster=None if following is None else following.roster,
+        )
+        parties = set() if following is None else set(following.roster.parties)
+        self._stage(message, header, {*(one.party for one in signatures), *parties}, experiment, revealed)
+        means, _ = running.encoding.decode(server.unmask())
+        self._next = following
+        found, metrics = split_means(means)
+        accepted: dict[str, dict[str, float]] = {site: {} for site in survivors.survived}
+        return MaskedAverage(arrays=found, metrics=metrics, accepted=accepted, refused=dict(self._refused))
+
+    def _following(
+        self, task: str, header: TaskHeader, survived: Collection[str], experiment: ExperimentConfig
+    ) -> _Sum | None:
+        """The session after this one, to be opened with this one's own tasks; None after the last."""
+        if task == tasks.EVALUATE:
+            return None
+        number = 0 if task == tasks.RELEASE else header.round_number + 1
+        if number < experiment.federation.rounds:
+            return self._session(tasks.TRAIN, header, number, self._invited(experiment, number), experiment)
+        return self._session(tasks.EVALUATE, header, number, survived, experiment)
+
+    def _session(
+        self, task: str, header: TaskHeader, round_number: int, invited: Collection[str], experiment: ExperimentConfig
+    ) -> _Sum:
+        """A session with a fresh nonce."""
+        asked = experiment.secure_aggregation
+        assert asked is not None  # noqa: S101 - checked when the run began
+        session = Session(
+            job=experiment.sha256,
+            run=header.run_id,
+            task=task,
+            round_number=round_number,
+            nonce=secrets.token_hex(8),
+        )
+        server = Server(session=session, rules=asked.rules, root=self._root, ring_bits=asked.ring_bits)
+        return _Sum(server, invited, experiment)
+
+    def _with_roster(self, following: _Sum | None) -> _Sum | None:
+        """The next session with its roster, or None if it has too few sites: then it is opened anew in its turn."""
+        if following is None:
+            return None
+        try:
+            following.close_adverts()
+        except TooFew as error:
+            self.info(f"secure aggregation: the next session is not opened yet: {error}")
+            return None
+        return following
+
+    def _stage(
+        self,
+        message: ToSite,
+        header: TaskHeader,
+        targets: Collection[str],
+        experiment: ExperimentConfig,
+        take: Callable[[str, FromSite], None],
+    ) -> None:
+        """Ask the sites for a stage of the protocol."""
+        asked = experiment.secure_aggregation
+        assert asked is not None  # noqa: S101 - checked when the run began
+
+        def receive(reply: FLModel) -> bool:
+            return self._taken(reply, lambda site: take(site, read_answer(reply.params)))
+
+        self._sent(tasks.SECAGG, task_model({}, header, message), sorted(targets), asked.stage_timeout_s, receive)
+
+    def _sent(
+        self, task: str, data: FLModel, targets: list[str], timeout: int, receive: Callable[[FLModel], bool]
+    ) -> None:
+        self._send(task, data, targets, timeout, receive)
+        for site, code in self._error_codes.items():
+            self._refused[site] = f"answered {code}"
+
+    def _taken(self, reply: FLModel, take: Callable[[str], None]) -> bool:
+        """Take a site's reply, or refuse it by the site's name."""
+        site = reply.meta["client_name"]
+        try:
+            take(site)
+        except (SecAggError, ConfigError) as error:
+            self._refused[site] = str(error)
+            self.info(f"refused the reply of {site}: {error}")
+            return False
+        return True

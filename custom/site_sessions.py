@@ -1,0 +1,194 @@
+"""A site's part in secure aggregation, on its own disk, so that it outlives the processes that do its tasks.
+
+``<home>/secagg/<run>/<task>-<round>-<nonce>.json`` holds a session's state, secrets included, from its first stage to
+its last; of a finished or refused one only that it was. A session that this site has once unmasked is not repeated
+under another name: the difference of two sums over different sites would show one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from custom.atomic import write_atomically
+from custom.config import ExperimentConfig
+from custom.device import fast_cipher
+from custom.masked_vector import session_encoding, values_of
+from custom.site_file import SiteConfig
+from custom.strict import require
+from privacy.secagg.client import Client, Stage
+from privacy.secagg.encoding import Vector
+from privacy.secagg.errors import ProtocolViolation
+from privacy.secagg.identity import Identity, Root
+from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
+from privacy.secagg.rules import Floor
+
+FOLDER = "secagg"
+ROOT_FILE, KEY_FILE, CERTIFICATE_FILE = "rootCA.pem", "client.key", "client.crt"  # NVFlare's names in a kit
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
+
+
+def kit_root(kit: Path) -> Root:
+    """The pinned root in a kit; raises ``ConfigError`` where there is none."""
+    return Root(certificate=_read(kit, ROOT_FILE))
+
+
+def _read(kit: Path, name: str) -> bytes:
+    file = kit / name
+    remedy = f"not in {kit}: name the provisioned kit in the site file, or make simulated ones: fedct simulator-keys"
+    require(file.is_file(), argument="kit", value=name, remedy=remedy)
+    return file.read_bytes()
+
+
+@dataclass
+class SiteSessions:
+    """The sessions of one site in one run.
+
+    Attributes:
+        identity: of the site.
+        floor: of its policy.
+        experiment: of the run.
+        folder: ``<home>/secagg/<run>``.
+        run_id: of the run.
+    """
+
+    identity: Identity
+    floor: Floor
+    experiment: ExperimentConfig
+    folder: Path
+    run_id: str
+
+    @classmethod
+    def of_run(cls, site: SiteConfig, name: str, experiment: ExperimentConfig, run_id: str) -> SiteSessions:
+        """From the site's kit and policy.
+
+        Raises:
+            ConfigError: no kit.
+            ProtocolViolation: a kit that does not belong together, or no peers in the policy.
+        """
+        floor = site.policy.secure_aggregation
+        if floor is None:
+            remedy = "the site's policy names no peers: add policy.secure_aggregation to the site file"
+            raise ProtocolViolation(argument="secure_aggregation", value=None, remedy=remedy)
+        require(_PLAIN.fullmatch(run_id) is not None, argument="run_id", value=run_id, remedy="give a run's name")
+        identity = Identity(
+            party=name,
+            key=_read(site.kit, KEY_FILE),
+            certificate=_read(site.kit, CERTIFICATE_FILE),
+            root=kit_root(site.kit),
+        )
+        return cls(identity, floor, experiment, site.home / FOLDER / run_id, run_id)
+
+    def open(self, session: Session) -> Advert:
+        """Make one-use keys for a session and say which.
+
+        Raises:
+            ProtocolViolation: opened before, or its sum was unmasked under another nonce; or rules below the floor.
+        """
+        file = self._file(session)
+        if file.exists():
+            raise ProtocolViolation(argument="session", value=session.nonce, remedy="opened before; use a fresh nonce")
+        for other in self.folder.glob(f"{session.task}-{session.round_number:04d}-*.json"):
+            if self._load(other).stage is Stage.DONE:
+                remedy = "summed before: a second sum over other sites would show one of them; start a new run"
+                raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
+        asked = self.experiment.secure_aggregation
+        assert asked is not None  # noqa: S101 - the executor asks in such a job only
+        client = Client(
+            identity=self.identity,
+            session=session,
+            rules=asked.rules,
+            floor=self.floor,
+            ring_bits=asked.ring_bits,
+            cipher=fast_cipher(),
+        )
+        self._save(client)
+        return client.advert
+
+    def share(self, session: Session, roster: Roster) -> tuple[Sealed, ...]:
+        """Deal out shares to the roster; raises as :meth:`Client.share`."""
+        size = session_encoding(self.experiment, session.task, parties=max(len(roster.adverts), 2)).size
+        with self._kept(session) as client:
+            return client.share(roster, size=size)
+
+    def masking(self, session: Session, boxes: Sequence[Sealed]) -> Masking:
+        """Open the peers' boxes and sum the masks, before the work begins; raises as :meth:`Client.receive`."""
+        with self._kept(session) as client:
+            client.receive([box for box in boxes if box.recipient == client.party])
+        return Masking(sessions=self, session=session, masks=client.masks())
+
+    def masked(
+        self,
+        session: Session,
+        masks: Vector,
+        arrays: Mapping[str, NDArray[Any]],
+        metrics: Mapping[str, float],
+        weight: float,
+    ) -> Vector:
+        """Encode, and add the masks, in their place; raises as :meth:`Encoding.encode` and :meth:`Client.mask`."""
+        with self._kept(session) as client:
+            schema = session_encoding(self.experiment, session.task, parties=client.parties)
+            return client.mask(schema.encode(values_of(schema, arrays, metrics), weight=weight), masks)
+
+    def confirm(self, session: Session, survivors: Survivors) -> Signed:
+        """Sign the survivors; raises as :meth:`Client.confirm`."""
+        with self._kept(session) as client:
+            return client.confirm(survivors)
+
+    def reveal(self, session: Session, signatures: Sequence[Signed]) -> tuple[Revealed, ...]:
+        """Give the shares; raises as :meth:`Client.reveal`."""
+        with self._kept(session) as client:
+            return client.reveal(signatures)
+
+    @contextmanager
+    def _kept(self, session: Session) -> Iterator[Client]:
+        """One stage: the state read before, and written after it or its refusal, before anything leaves."""
+        client = self._load(self._file(session))
+        try:
+            yield client
+        finally:
+            self._save(client)
+
+    def _file(self, session: Session) -> Path:
+        ours = (session.job, session.run) == (self.experiment.sha256, self.run_id)
+        plain = all(_PLAIN.fullmatch(text) for text in (session.task, session.nonce)) and session.round_number >= 0
+        if not ours or not plain:
+            raise ProtocolViolation(argument="session", value=str(session), remedy="not of this job and run")
+        return self.folder / f"{session.task}-{session.round_number:04d}-{session.nonce}.json"
+
+    def _load(self, file: Path) -> Client:
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            raise ProtocolViolation(argument="session", value=file.stem, remedy="not opened; start a new one") from None
+        return Client.load(content, identity=self.identity, floor=self.floor)
+
+    def _save(self, client: Client) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(self._file(client.session), client.dump())
+
+
+@dataclass
+class Masking:
+    """Masks of one session, waiting for the vector.
+
+    Attributes:
+        sessions: whose.
+        session: which.
+        masks: their sum.
+    """
+
+    sessions: SiteSessions
+    session: Session
+    masks: Vector
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]], metrics: Mapping[str, float], weight: float) -> Vector:
+        """The encoded vector under its masks, once; raises as :meth:`SiteSessions.masked`."""
+        return self.sessions.masked(self.session, self.masks, arrays, metrics, weight)

@@ -1,0 +1,203 @@
+"""Real numbers as integers of a ring, such that the sum over all sites cannot overflow.
+
+A site's values are clipped to a public bound, weighted, and rounded to whole numbers of at most (2^(b-1) - 1)/n in
+absolute value, for b bits and n sites: the sum of n of them lies within ±(2^(b-1) - 1), whatever they are, and is read
+back from two's complement. The weight is one more coordinate: w x and w are summed under the same masks, and the
+mean is Σ w x / Σ w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy.errors import require, require_count, require_number
+from privacy.secagg.errors import EncodingRefused
+
+# At 16 bits a site has 65534/n levels: beyond ten sites too few for a model update.
+MOST_PARTIES_AT_16_BITS = 10
+_BLOCK = 1 << 16  # numbers that stay in the cache
+# Bound, scale and product are float32: together they may come out larger by less than this share.
+_FLOAT32_ROOM = 2.0**-21
+
+RingBits = Literal[16, 32]
+Vector = NDArray[Any]  # uint16 or uint32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A named part of the vector.
+
+    Attributes:
+        name: of the array.
+        shape: of the array.
+        bound: public; values beyond ±bound are clipped to it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bound: float
+
+    def __post_init__(self) -> None:
+        require_number(self.bound, argument=f"{self.name}.bound")
+        require(self.bound > 0, argument=f"{self.name}.bound", value=self.bound, remedy="give a positive bound")
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """The declared schema of a session's vector; the weight is its last coordinate.
+
+    Attributes:
+        blocks: in order.
+        parties: n of the roster, which bounds every sum.
+        max_weight: public bound on a site's weight; a larger one is clipped to it.
+        ring_bits: b.
+
+    Raises:
+        InvalidPlan: an impossible value, or more than ten parties at 16 bits.
+    """
+
+    blocks: tuple[Block, ...]
+    parties: int
+    max_weight: float = 1.0
+    ring_bits: RingBits = 32
+
+    def __post_init__(self) -> None:
+        require_count(self.parties, argument="parties")
+        require_number(self.max_weight, argument="max_weight")
+        require(self.max_weight > 0, argument="max_weight", value=self.max_weight, remedy="give a positive bound")
+        require(self.ring_bits in (16, 32), argument="ring_bits", value=self.ring_bits, remedy="give 16 or 32")
+        remedy = f"give 32 for more than {MOST_PARTIES_AT_16_BITS} parties"
+        fits = self.ring_bits == 32 or self.parties <= MOST_PARTIES_AT_16_BITS
+        require(fits, argument="ring_bits", value=self.ring_bits, remedy=remedy)
+        names = [block.name for block in self.blocks]
+        require(len(set(names)) == len(names), argument="blocks", value=names, remedy="give each name once")
+
+    @property
+    def size(self) -> int:
+        """Coordinates of the vector, with the weight."""
+        return sum(block.size for block in self.blocks) + 1
+
+    @property
+    def levels(self) -> int:
+        """q: what a site's bound becomes, so far below (2^(b-1) - 1)/n that rounding cannot pass that."""
+        most = int(2 ** (self.ring_bits - 1) - 1) / self.parties
+        return math.floor(most * (1 - _FLOAT32_ROOM))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Unsigned integers of the ring."""
+        return np.dtype(f"uint{self.ring_bits}")
+
+    def error_bound(self, bound: float, *, total_weight: float, parties: int) -> float:
+        """Bound on |decoded mean - true mean of the clipped values| of a block with the given bound.
+
+        Each site's w x and w are off by half a level, and float32 adds 2⁻²¹ of the value; the quotient of the sums is
+        then off by at most twice n (½ bound max_weight / q) / Σ w, and the relative part.
+        """
+        rounding = parties * 0.5 * bound * self.max_weight / self.levels
+        return 2 * rounding / total_weight + _FLOAT32_ROOM * bound
+
+    def encode(self, values: Mapping[str, NDArray[Any]], *, weight: float, onto: Vector | None = None) -> Vector:
+        """One site's vector, [size].
+
+        Args:
+            values: an array of real numbers under each block's name.
+            weight: positive; the values are multiplied by it.
+            onto: a vector of the ring, [size], such as a sum of masks, to which the encoded one is added in place: one
+                pass over memory instead of two, and no second vector. A refusal leaves it as it was.
+
+        Raises:
+            EncodingRefused: NaN or infinity, missing, extra or misshapen arrays, a weight that is not positive, or a
+                vector of another size or ring.
+        """
+        if type(weight) is not float or not math.isfinite(weight) or weight <= 0:
+            raise EncodingRefused(argument="weight", value=type(weight).__name__, remedy="give a positive float")
+        share = min(weight / self.max_weight, 1.0)
+        wanted = {block.name for block in self.blocks}
+        if set(values) != wanted:
+            differ = sorted(set(values) ^ wanted)
+            raise EncodingRefused(argument="values", value=differ[:3], remedy="give exactly the declared blocks")
+        arrays = []
+        for block in self.blocks:
+            array = np.asarray(values[block.name])
+            if array.shape != block.shape:
+                raise EncodingRefused(argument=block.name, value=array.shape, remedy=f"the schema says {block.shape}")
+            arrays.append(array.reshape(-1))
+        vector = np.zeros(self.size, self.dtype) if onto is None else onto
+        if vector.dtype != self.dtype or vector.shape != (self.size,):
+            raise EncodingRefused(
+                argument="onto", value=(vector.dtype, vector.shape), remedy="give the session's masks"
+            )
+        levels = self._levels(arrays, share)
+        done = 0
+        try:
+            for place, part in levels:
+                np.add(vector[place], part, out=vector[place])
+                done += 1
+        except EncodingRefused:
+            for place, part in islice(self._levels(arrays, share), done):
+                np.subtract(vector[place], part, out=vector[place])
+            raise
+        vector[-1:] += np.array([round(share * self.levels)], self.dtype)
+        return vector
+
+    def decode(self, total: Vector) -> tuple[dict[str, NDArray[np.float64]], float]:
+        """The weighted mean of each block, and the total weight.
+
+        Args:
+            total: the unmasked sum, [size].
+
+        Raises:
+            EncodingRefused: another vector than the schema's, or a total weight that is not positive.
+        """
+        if total.dtype != self.dtype or total.shape != (self.size,):
+            raise EncodingRefused(argument="total", value=(total.dtype, total.shape), remedy="give the session's sum")
+        signed = total.view(f"int{self.ring_bits}")
+        weight = int(signed[-1]) / self.levels * self.max_weight
+        if weight <= 0:
+            raise EncodingRefused(
+                argument="total weight", value=weight, remedy="a masked input was not one; start anew"
+            )
+        means = {
+            block.name: (signed[place] * (block.bound * self.max_weight / self.levels / weight)).reshape(block.shape)
+            for block, place in self._places()
+        }
+        return means, weight
+
+    def _places(self) -> Iterator[tuple[Block, slice]]:
+        start = 0
+        for block in self.blocks:
+            yield block, slice(start, start + block.size)
+            start += block.size
+
+    def _levels(self, arrays: Sequence[NDArray[Any]], share: float) -> Iterator[tuple[slice, Vector]]:
+        """Clipped, weighted, rounded; in blocks that stay in the cache, each good until the next."""
+        reals, whole = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, f"int{self.ring_bits}")
+        for array, (block, place) in zip(arrays, self._places(), strict=True):
+            bound, scale = np.float32(block.bound), np.float32(share * self.levels / block.bound)
+            for start in range(0, block.size, _BLOCK):
+                part = array[start : start + _BLOCK].astype(np.float32, copy=False)
+                room, result = reals[: part.size], whole[: part.size]
+                least, most = part.min(), part.max()  # NaN if one of them is
+                if not -bound <= least <= most <= bound:
+                    if not (np.isfinite(least) and np.isfinite(most)):
+                        remedy = "training diverged; drop it"
+                        raise EncodingRefused(argument=block.name, value="NaN or infinity", remedy=remedy)
+                    part = np.clip(part, -bound, bound, out=room)
+                np.multiply(part, scale, out=room)
+                np.rint(room, out=room)
+                np.copyto(result, room, casting="unsafe")
+                first = place.start + start
+                yield slice(first, first + part.size), result.view(self.dtype)
