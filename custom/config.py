@@ -13,7 +13,6 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from custom.privacy_config import PrivacyConfig
 from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
 from medical_data.preprocess import PreprocessConfig
-from privacy.plan import DPConfig, DPPlan, calibrate
+from privacy.plan import DPConfig
 
 EXPERIMENT_FILE = "experiment.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
@@ -410,6 +409,13 @@ def _require_private(experiment: ExperimentConfig) -> None:
         federation.weighting == "uniform", argument="federation.weighting", value=federation.weighting, remedy=remedy
     )
     experiment.dp_config()  # refuses impossible values
+    if experiment.privacy is not None and experiment.privacy.dp == "central_secagg":
+        masks, steps = experiment.secure_aggregation, training.steps_per_round
+        remedy = "missing; give the block: a site's share of the noise is too little by itself"
+        require(masks is not None, argument="secure_aggregation", value=None, remedy=remedy)
+        bits = 32 if masks is None else masks.ring_bits
+        require(bits == 32, argument="secure_aggregation.ring_bits", value=bits, remedy="give 32")
+        require(steps == 1, argument="training.steps_per_round", value=steps, remedy="give 1: each step is a sum")
 
 
 def _require_encryptable(experiment: ExperimentConfig) -> None:
@@ -421,16 +427,3 @@ def _require_encryptable(experiment: ExperimentConfig) -> None:
     require(fewest >= 2, argument="federation.min_responses", value=fewest, remedy=remedy)
     remedy = f"give at most {MOST_ENCRYPTED_NORM:g} with encryption: a sum over many sites could overflow otherwise"
     require(norm <= MOST_ENCRYPTED_NORM, argument="federation.max_update_norm", value=norm, remedy=remedy)
-
-
-@lru_cache(maxsize=8)
-def privacy_plan(experiment: ExperimentConfig) -> DPPlan | None:
-    """The calibrated plan that sites, server and ``fedct plan`` derive from the same experiment; None without privacy.
-
-    Raises:
-        InvalidPlan: δ ≥ 1/patients, or a target that no noise can keep.
-    """
-    wanted = experiment.dp_config()
-    if wanted is None or experiment.privacy is None:
-        return None
-    return calibrate(wanted, patients=experiment.privacy.patients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,45 @@ from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes, parameter_shapes
 from custom.egress import METRIC_BOUNDS, evaluation_metrics, mean_image_shape, update_metrics
 from privacy.errors import InvalidPlan
-from privacy.secagg.encoding import Block, Encoding
+from privacy.plan import GRID_UNITS_PER_CLIP_NORM
+from privacy.secagg.encoding import Block, Encoding, IntegerEncoding
 
 # A metric is summed as value × weight beside weight, so that a site may lack it.
 _METRIC, _PRESENT = "metric {}", "metric {} is there"
 
 
-def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -> Encoding:
+def gradient_shapes(experiment: ExperimentConfig) -> Shapes:
+    """Names and shapes of the trained tensors, in the model's order: what is summed in a step with shared noise."""
+    patterns = ("*",) if experiment.privacy is None else experiment.privacy.trained
+    shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
+    return {name: s for name, s in shapes.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def shared_noise_encoding(experiment: ExperimentConfig, task: str) -> IntegerEncoding | None:
+    """The schema of integers that carry a share of one noise; None where a site's vector has none of it.
+
+    What is decoded is a mean over the sites: of gradients, divided by qN, or of mean images, divided by N.
+    """
+    privacy, image = experiment.privacy, mean_image_shape(experiment)
+    if privacy is None or privacy.dp != "central_secagg" or task == tasks.EVALUATE:
+        return None
+    if task == tasks.RELEASE and image is not None and privacy.mean_image is not None:
+        shapes, clip_norm, patients = image, privacy.mean_image.clip_norm, float(privacy.patients)
+    else:
+        shapes, clip_norm = gradient_shapes(experiment), privacy.clip_norm
+        patients = privacy.sampling_rate * privacy.patients
+    return IntegerEncoding(shapes=tuple(shapes.items()), unit=clip_norm / GRID_UNITS_PER_CLIP_NORM / patients)
+
+
+def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -> Encoding | IntegerEncoding:
     """The schema of what the sites sum in a task, for a roster of so many sites.
 
     Raises:
         InvalidPlan: a task that sums nothing, or too many parties for the ring.
     """
+    integers = shared_noise_encoding(experiment, task)
+    if integers is not None:
+        return integers
     asked = experiment.secure_aggregation
     assert asked is not None  # noqa: S101 - whoever calls this runs a job that has the block
     shapes, metrics = _content(experiment, task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from custom.diffusion.schedule import Schedule, build_schedule
 from custom.strict import ConfigError
 
 EMA_PREFIX = "ema/"
+OPTIMIZER_PREFIX = "optimizer/"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,12 +31,14 @@ class ModelFile:
         weights: of the global model, float32, by name.
         ema: their exponential moving average by name; what samples are drawn from. In a finished model the only
             weights there are, so ``weights`` equals it.
+        optimizer: the server's own, where it makes the steps; in checkpoints only.
     """
 
     experiment: ExperimentConfig
     rounds_done: int
     weights: dict[str, Tensor]
     ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
     def sampling_network(self) -> tuple[nn.Module, Schedule]:
         """The network with the averaged weights, and its schedule."""
@@ -46,7 +49,9 @@ class ModelFile:
 
 def save_checkpoint(file: Path, model: ModelFile) -> None:
     """Write weights and average, atomically."""
-    _save(file, model, {**model.weights, **{EMA_PREFIX + name: tensor.clone() for name, tensor in model.ema.items()}})
+    average = {EMA_PREFIX + name: tensor.clone() for name, tensor in model.ema.items()}
+    optimizer = {OPTIMIZER_PREFIX + name: tensor for name, tensor in model.optimizer.items()}
+    _save(file, model, {**model.weights, **average, **optimizer})
 
 
 def save_model(file: Path, model: ModelFile) -> None:
@@ -72,13 +77,21 @@ def load_model(file: Path) -> ModelFile:
     schedule = build_schedule(experiment.schedule)
     if metadata.get("schedule_sha256") != schedule.sha256:
         raise ConfigError(f"model = {file}: its noise schedule differs from what this version of fedct computes")
-    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA_PREFIX)}
-    ema = {name.removeprefix(EMA_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(EMA_PREFIX)}
+    ema, optimizer = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in (EMA_PREFIX, OPTIMIZER_PREFIX)
+    )
+    prefixes = (EMA_PREFIX, OPTIMIZER_PREFIX)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
         raise ConfigError(f"model = {file}: its tensors are not those of its own experiment; fetch it again")
     return ModelFile(
-        experiment=experiment, rounds_done=int(metadata["rounds_done"]), weights=weights, ema=ema or weights
+        experiment=experiment,
+        rounds_done=int(metadata["rounds_done"]),
+        weights=weights,
+        ema=ema or weights,
+        optimizer=optimizer,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from custom.strict import require
 from privacy.plan import AdaptiveClipping
@@ -35,9 +36,12 @@ class MeanImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Patient-level DP-SGD at every site. Exactly one of ``target_epsilon`` and ``noise_multiplier`` is given.
+    """Patient-level DP-SGD. Exactly one of ``target_epsilon`` and ``noise_multiplier`` is given.
 
     Attributes:
+        dp: ``local``: each site's noise is enough by itself, against the server too. ``central_secagg``: sites sum
+            their clipped gradients under secure aggregation, each with a share of one noise, and the server makes the
+            step; a round is one step.
         patients: N as it is made known, the same for all sites: sums over patients are divided by it, so that no
             site's own count leaves. A site with more patients weighs more.
         delta, clip_norm, sampling_rate, draws_per_patient, target_epsilon, noise_multiplier, adaptive_clipping: as in
@@ -57,6 +61,7 @@ class PrivacyConfig:
     adaptive_clipping: AdaptiveClipping | None = None
     mean_image: MeanImageConfig | None = None
     trained: tuple[str, ...] = ("*",)
+    dp: Literal["local", "central_secagg"] = "local"
 
     def __post_init__(self) -> None:
         require(self.patients >= 1, argument="privacy.patients", value=self.patients, remedy="give at least 1")

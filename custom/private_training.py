@@ -27,7 +27,7 @@ from custom.strict import require
 from custom.training import TrainingDiverged, learning_rate, restore_optimizer, stored_optimizer
 from medical_data.cohort import Cohort
 from privacy.accounting import SampledGaussian
-from privacy.dpsgd import PatientSGD, noisy_clipped_sum
+from privacy.dpsgd import PatientSGD, noisy_clipped_sum, release_share
 from privacy.plan import DPPlan
 from privacy.rng import Randomness, SecureRandomness
 
@@ -117,6 +117,50 @@ def train_private_round(
     if plan.config.adaptive_clipping is not None:
         after[CLIP_NORM] = torch.tensor(sgd.clip_norm, dtype=torch.float64)
     return PrivateUpdate(difference=difference, state=after, event=event)
+
+
+def shared_gradient(
+    *,
+    cohort: Cohort,
+    weights: Mapping[str, Tensor],
+    config: ExperimentConfig,
+    plan: DPPlan,
+    device: torch.device,
+    patients_in_memory: int,
+    sites: int,
+    randomness: Randomness | None = None,
+    draws_seed: int | None = None,
+) -> NDArray[np.int64]:
+    """One site's part of one step with shared noise: its patients' clipped gradients, summed, with its share.
+
+    Args:
+        cohort, weights, config, plan, device, patients_in_memory, randomness, draws_seed: as in
+            :func:`train_private_round`.
+        sites: on the roster of the sum.
+
+    Raises:
+        ConfigError: patterns of trained parameters that fit none.
+
+    Returns:
+        int64 [d], as :meth:`privacy.dpsgd.PatientSGD.share`; leaves under secure aggregation only.
+    """
+    assert config.privacy is not None  # noqa: S101 - it has a plan
+    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
+    network.load_state_dict(dict(weights))
+    network.train()
+    parameters = trained_parameters(network, config.privacy.trained)
+    sgd = PatientSGD(
+        parameters=parameters,
+        optimizer=torch.optim.SGD(parameters.values()),  # makes no step
+        loss=patient_loss(network, build_schedule(config.schedule)),
+        plan=plan,
+        patients=len(training_patients(cohort)),
+        chunk_size=patients_in_memory,
+        randomness=randomness,
+    )
+    seed = secrets.randbits(63) if draws_seed is None else draws_seed
+    draw = PatientDraws(cohort, plan, config.schedule.timesteps, torch.Generator().manual_seed(seed), device)
+    return sgd.share(draw, sites=sites)
 
 
 def trained_parameters(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -217,11 +261,37 @@ def release_mean_image(
     Returns:
         float32 [1, *spatial].
     """
-    means = np.stack([cohort.images[cohort.patient == p].mean(axis=0) + 1 for p in training_patients(cohort)])
     total = noisy_clipped_sum(
-        torch.from_numpy(means),
+        _mean_images(cohort),
         clip_norm=config.clip_norm,
         noise_multiplier=config.noise_multiplier,
         randomness=SecureRandomness() if randomness is None else randomness,
     )
     return (total / plan.patients).float()
+
+
+def shared_mean_image(
+    cohort: Cohort, config: MeanImageConfig, plan: DPPlan, *, sites: int, randomness: Randomness | None = None
+) -> NDArray[np.int64]:
+    """One site's part of the noisy mean over all sites' patients, as integers with its share of the noise.
+
+    Args:
+        cohort, config, plan, randomness: as in :func:`release_mean_image`.
+        sites: on the roster of the sum.
+
+    Returns:
+        int64 [pixels], as :func:`privacy.dpsgd.release_share`; leaves under secure aggregation only.
+    """
+    return release_share(
+        _mean_images(cohort),
+        clip_norm=config.clip_norm,
+        plan=plan,
+        sites=sites,
+        randomness=SecureRandomness() if randomness is None else randomness,
+    )
+
+
+def _mean_images(cohort: Cohort) -> Tensor:
+    """Each training patient's own mean image with air at 0, [P, 1, *spatial]."""
+    means = [cohort.images[cohort.patient == p].mean(axis=0) + 1 for p in training_patients(cohort)]
+    return torch.from_numpy(np.stack(means))

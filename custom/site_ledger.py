@@ -31,9 +31,9 @@ def open_ledger(home: Path) -> Ledger:
 
 
 def release_sha256(arrays: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and float32 values, by which the ledger knows what it charged."""
+    """SHA-256 of names, types, shapes and values, by which the ledger knows what it charged."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = arrays[name].detach().cpu().float().contiguous().numpy()
-        digest.update(f"{name}\0{array.shape}\0".encode() + array.astype("<f4").tobytes())
+        array = arrays[name].detach().cpu().contiguous().numpy()
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode() + array.tobytes())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from custom.atomic import write_atomically
@@ -23,8 +24,8 @@ from custom.masked_vector import session_encoding, values_of
 from custom.site_file import SiteConfig
 from custom.strict import require
 from privacy.secagg.client import Client, Stage
-from privacy.secagg.encoding import Vector
-from privacy.secagg.errors import ProtocolViolation
+from privacy.secagg.encoding import Encoding, IntegerEncoding, Vector
+from privacy.secagg.errors import EncodingRefused, ProtocolViolation
 from privacy.secagg.identity import Identity, Root
 from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
 from privacy.secagg.rules import Floor
@@ -122,20 +123,12 @@ class SiteSessions:
         """Open the peers' boxes and sum the masks, before the work begins; raises as :meth:`Client.receive`."""
         with self._kept(session) as client:
             client.receive([box for box in boxes if box.recipient == client.party])
-        return Masking(sessions=self, session=session, masks=client.masks())
+        return Masking(sessions=self, session=session, sites=client.parties, masks=client.masks())
 
-    def masked(
-        self,
-        session: Session,
-        masks: Vector,
-        arrays: Mapping[str, NDArray[Any]],
-        metrics: Mapping[str, float],
-        weight: float,
-    ) -> Vector:
-        """Encode, and add the masks, in their place; raises as :meth:`Encoding.encode` and :meth:`Client.mask`."""
+    def masked(self, session: Session, vector: Vector, masks: Vector) -> Vector:
+        """Add the masks, in their place; raises as :meth:`Client.mask`."""
         with self._kept(session) as client:
-            schema = session_encoding(self.experiment, session.task, parties=client.parties)
-            return client.mask(schema.encode(values_of(schema, arrays, metrics), weight=weight), masks)
+            return client.mask(vector, masks)
 
     def confirm(self, session: Session, survivors: Survivors) -> Signed:
         """Sign the survivors; raises as :meth:`Client.confirm`."""
@@ -182,13 +175,26 @@ class Masking:
     Attributes:
         sessions: whose.
         session: which.
+        sites: on its roster.
         masks: their sum.
     """
 
     sessions: SiteSessions
     session: Session
+    sites: int
     masks: Vector
 
-    def __call__(self, arrays: Mapping[str, NDArray[Any]], metrics: Mapping[str, float], weight: float) -> Vector:
-        """The encoded vector under its masks, once; raises as :meth:`SiteSessions.masked`."""
-        return self.sessions.masked(self.session, self.masks, arrays, metrics, weight)
+    def values(self, arrays: Mapping[str, NDArray[Any]], metrics: Mapping[str, float], weight: float) -> Vector:
+        """The masked vector of real numbers, once; raises as :meth:`Encoding.encode` and :meth:`Client.mask`."""
+        schema = session_encoding(self.sessions.experiment, self.session.task, parties=self.sites)
+        if isinstance(schema, IntegerEncoding):
+            raise EncodingRefused(argument="values", value="no noise", remedy="this job's vectors carry shared noise")
+        vector = schema.encode(values_of(schema, arrays, metrics), weight=weight)
+        return self.sessions.masked(self.session, vector, self.masks)
+
+    def integers(self, integers: NDArray[np.int64]) -> Vector:
+        """The masked vector of integers that carry noise, once; raises as :meth:`IntegerEncoding.encode`."""
+        schema = session_encoding(self.sessions.experiment, self.session.task, parties=self.sites)
+        if isinstance(schema, Encoding):
+            raise EncodingRefused(argument="integers", value="noise", remedy="this job's vectors carry none of it")
+        return self.sessions.masked(self.session, schema.encode(integers), self.masks)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from privacy.accounting import SampledGaussian
 from privacy.errors import InvalidPlan, PlanExhausted, WrongDraws, require, require_count
 from privacy.gradients import PatientLoss, per_patient_gradients
-from privacy.plan import DPPlan
+from privacy.plan import GRID_UNITS_PER_CLIP_NORM, DPPlan
 from privacy.rng import Randomness, SecureRandomness, with_gaussian_noise
+from privacy.skellam import LARGEST, dithered, share_variance, skellam_noise
 
 # Draw(patient indices [b]) → tensors [b, K, …], the arguments of the loss after the parameters.
 Draw = Callable[[NDArray[np.int64]], Sequence[Tensor]]
@@ -50,13 +51,58 @@ def noisy_clipped_sum(values: Tensor, *, clip_norm: float, noise_multiplier: flo
     Returns:
         float64 of one value's shape, on the CPU.
     """
+    total = _clipped_sum(values, clip_norm)
+    return with_gaussian_noise(total, std=noise_multiplier * clip_norm, randomness=randomness)
+
+
+def release_share(
+    values: Tensor, *, clip_norm: float, plan: DPPlan, sites: int, randomness: Randomness
+) -> NDArray[np.int64]:
+    """One site's part of such a release over all sites, as integers with the site's share of the noise.
+
+    Must leave under secure aggregation only: by itself it has too little noise. Whoever calls it charges
+    ``plan.release_event`` first.
+
+    Args:
+        values: one per patient, [P, …].
+        clip_norm: C.
+        plan: with shared noise.
+        sites: on the roster, which bounds what one may add.
+        randomness: of dither and noise.
+
+    Returns:
+        int64 [d], in units of C / :data:`privacy.plan.GRID_UNITS_PER_CLIP_NORM`.
+    """
+    sigma = plan.config.release_noise_multiplier
+    if sigma is None:
+        raise InvalidPlan(argument="release_noise_multiplier", value=None, remedy="the plan has no such release")
+    total = _clipped_sum(values, clip_norm).flatten()
+    return _share(total, clip_norm=clip_norm, sigma=sigma, plan=plan, sites=sites, randomness=randomness)
+
+
+def _clipped_sum(values: Tensor, clip_norm: float) -> Tensor:
     values = values.detach().to("cpu", torch.float64)
     if len(values):
         norms = _norms([values])
         factors = (clip_norm * (1 - CLIP_MARGIN) / norms).clamp(max=1.0)
         values = torch.where(_each(norms.isfinite(), values), values, 0.0)
         values = values * _each(factors.nan_to_num(0.0), values)
-    return with_gaussian_noise(values.sum(dim=0), std=noise_multiplier * clip_norm, randomness=randomness)
+    return values.sum(dim=0)
+
+
+def _share(
+    total: Tensor, *, clip_norm: float, sigma: float, plan: DPPlan, sites: int, randomness: Randomness
+) -> NDArray[np.int64]:
+    """Round a clipped sum to the grid, bound it so that no sum over the sites wraps, and add this site's noise."""
+    shared = plan.config.shared_noise
+    if shared is None:
+        raise InvalidPlan(argument="shared_noise", value=None, remedy="the plan's noise is each site's own")
+    require_count(sites, argument="sites")
+    integers = dithered(total.double().numpy(), scale=GRID_UNITS_PER_CLIP_NORM / clip_norm, randomness=randomness).clip(
+        -(LARGEST // sites), LARGEST // sites
+    )
+    variance = share_variance((sigma * GRID_UNITS_PER_CLIP_NORM) ** 2, honest=shared.honest_sites)
+    return integers + skellam_noise(integers.size, variance=variance, randomness=randomness)
 
 
 class PatientSGD:
@@ -145,17 +191,58 @@ class PatientSGD:
             raise PlanExhausted(
                 argument="steps", value=self._plan.config.steps_per_round, remedy="the round's steps have run; send it"
             )
+        if self._plan.config.shared_noise is not None:
+            raise InvalidPlan(argument="shared_noise", value="a step here", remedy="send a share; the server steps")
         self._optimizer.begin()
-        sampled = self._randomness.poisson_sample(self._patients, self._plan.config.sampling_rate)
-        # At least one chunk: an empty one makes the sum zero.
-        for start in range(0, max(len(sampled), 1), self._chunk_size):
-            chunk = sampled[start : start + self._chunk_size]
-            gradients = self._gradients(draw, chunk) if len(chunk) else self._no_gradients()
-            for name, parameter in self._parameters.items():
-                parameter.grad_sample = gradients[name]  # type: ignore[attr-defined]
-            self._optimizer.signal_skip_step(do_skip=start + self._chunk_size < len(sampled))
+        chunks = self._sampled()
+        for number, chunk in enumerate(chunks, start=1):
+            self._take(draw, chunk)
+            self._optimizer.signal_skip_step(do_skip=number < len(chunks))
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def share(self, draw: Draw, *, sites: int) -> NDArray[np.int64]:
+        """Sample patients, and return the clipped sum of their gradients as integers with the site's share of noise.
+
+        The parameters stay as they are: the step is made with the sum over all sites. Must leave under secure
+        aggregation only, after ``plan.round_event`` was charged.
+
+        Args:
+            draw: as for :meth:`step`.
+            sites: on the roster, which bounds what one may add.
+
+        Raises:
+            WrongDraws: as :meth:`step`.
+            InvalidPlan: a plan whose noise is each site's own.
+
+        Returns:
+            int64 [d], the parameters in order, in units of C / :data:`privacy.plan.GRID_UNITS_PER_CLIP_NORM`.
+        """
+        self._optimizer.begin()
+        for chunk in self._sampled():
+            self._take(draw, chunk)
+            self._optimizer.clip_and_accumulate()
+        total = torch.cat([parameter.summed_grad.flatten() for parameter in self._parameters.values()])  # type: ignore[attr-defined]
+        self._optimizer.zero_grad(set_to_none=True)
+        plan = self._plan
+        return _share(
+            total.cpu(),
+            clip_norm=plan.config.clip_norm,
+            sigma=plan.noise_multiplier,
+            plan=plan,
+            sites=sites,
+            randomness=self._randomness,
+        )
+
+    def _sampled(self) -> list[NDArray[np.int64]]:
+        """This step's patients in chunks, at least one: an empty one makes the sum zero."""
+        sampled = self._randomness.poisson_sample(self._patients, self._plan.config.sampling_rate)
+        return [sampled[start : start + self._chunk_size] for start in range(0, max(len(sampled), 1), self._chunk_size)]
+
+    def _take(self, draw: Draw, chunk: NDArray[np.int64]) -> None:
+        gradients = self._gradients(draw, chunk) if len(chunk) else self._no_gradients()
+        for name, parameter in self._parameters.items():
+            parameter.grad_sample = gradients[name]  # type: ignore[attr-defined]
 
     def _gradients(self, draw: Draw, chunk: NDArray[np.int64]) -> dict[str, Tensor]:
         draws = tuple(draw(chunk))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,6 +24,7 @@ from privacy.accounting import (
     GaussianRelease,
     MechanismEvent,
     SampledGaussian,
+    SampledSkellam,
     Spent,
     epsilon,
     epsilons,
@@ -36,6 +38,9 @@ EPSILON_TOLERANCE = 1e-3
 # δ at which the privacy curve is read for the membership ceiling, beside the plan's own.
 _SMALL_DELTAS = (1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.17, 0.23, 0.3)
 CURVE_DELTAS = (*_SMALL_DELTAS, 0.38, 0.46, 0.54, 0.62, 0.7, 0.78, 0.86, 0.93)
+
+# Grid units of shared noise to a clip norm: rounding to them costs about 1 % of ε at a million coordinates.
+GRID_UNITS_PER_CLIP_NORM = 4096.0
 
 # Name of the release before training in a ledger; those of the rounds: `round_release`.
 RELEASE_BEFORE_TRAINING = "before-training"
@@ -79,6 +84,30 @@ class AdaptiveClipping:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedNoise:
+    """All sites' sums are added under secure aggregation, and each site gives a share of one noise (Skellam).
+
+    The guarantee then holds against whoever sees the sums over all sites, the model or its samples, and rests on
+    secure aggregation and on the honest sites: what a site sends by itself has too little noise.
+
+    Attributes:
+        honest_sites: sites in every sum that neither tell their share of the noise nor leave it out.
+        dimensions: integers in a step's sum.
+        release_dimensions: integers in the release before training; None without one.
+    """
+
+    honest_sites: int
+    dimensions: int
+    release_dimensions: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count(self.honest_sites, argument="shared_noise.honest_sites")
+        require_count(self.dimensions, argument="shared_noise.dimensions")
+        if self.release_dimensions is not None:
+            require_count(self.release_dimensions, argument="shared_noise.release_dimensions")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DPConfig:
     """What is wanted of patient-level DP-SGD. Exactly one of ``target_epsilon`` and ``noise_multiplier`` is given.
 
@@ -95,6 +124,7 @@ class DPConfig:
         adaptive_clipping: or None for a fixed clip norm.
         release_noise_multiplier: σ of one noisy sum released before training, such as the mean image of DP-FETA
             (arXiv:2504.01395), inside the same budget; None for no release.
+        shared_noise: the noise is on the sum over all sites; None if each site's is enough by itself.
 
     Raises:
         InvalidPlan: an impossible value.
@@ -110,6 +140,7 @@ class DPConfig:
     noise_multiplier: float | None = None
     adaptive_clipping: AdaptiveClipping | None = None
     release_noise_multiplier: float | None = None
+    shared_noise: SharedNoise | None = None
 
     def __post_init__(self) -> None:
         for name in ("delta", "clip_norm", "sampling_rate"):
@@ -139,6 +170,15 @@ class DPConfig:
             value=self.clip_norm,
             remedy="give a norm between adaptive_clipping.min_norm and max_norm",
         )
+        shared = self.shared_noise
+        if shared is not None:
+            remedy = "leave it out: the noise is shared over one clip norm"
+            require(adaptive is None, argument="adaptive_clipping", value=adaptive, remedy=remedy)
+            alike = (self.release_noise_multiplier is None) == (shared.release_dimensions is None)
+            remedy = "give both or neither"
+            value = (self.release_noise_multiplier, shared.release_dimensions)
+            argument = "release_noise_multiplier, shared_noise.release_dimensions"
+            require(alike, argument=argument, value=value, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,19 +289,14 @@ class DPPlan:
         return 1 / math.sqrt(self.noise_multiplier**-2 - (2 * adaptive.count_noise_multiplier) ** -2)
 
     @property
-    def round_event(self) -> SampledGaussian:
+    def round_event(self) -> MechanismEvent:
         """What one round is charged."""
-        return SampledGaussian(
-            sampling_rate=self.config.sampling_rate,
-            noise_multiplier=self.noise_multiplier,
-            steps=self.config.steps_per_round,
-        )
+        return _steps(self.config, self.noise_multiplier, self.config.steps_per_round)
 
     @property
-    def release_event(self) -> GaussianRelease | None:
+    def release_event(self) -> GaussianRelease | SampledSkellam | None:
         """What the release before training is charged, if there is one."""
-        sigma = self.config.release_noise_multiplier
-        return None if sigma is None else GaussianRelease(noise_multiplier=sigma)
+        return _release(self.config)
 
     def releases(self) -> dict[str, MechanismEvent]:
         """Every release of the plan by its name, in order: what a site's ledger sets aside before training."""
@@ -288,10 +323,7 @@ class DPPlan:
         its area from above.
         """
         deltas = sorted({self.config.delta, *CURVE_DELTAS})
-        curve = [
-            (spent.epsilon, delta)
-            for spent, delta in zip(epsilons([self.events(self.config.rounds)], deltas)[0], deltas, strict=True)
-        ]
+        curve = _curve(self.events(self.config.rounds), deltas)
         cells = 2000
         area = sum(_highest_tpr((i + 0.5) / cells, curve) for i in range(cells)) / cells
         return MembershipCeiling(tpr_at_1_percent_fpr=_highest_tpr(0.01, curve), auc=area)
@@ -303,8 +335,7 @@ class DPPlan:
             f"Patient-level differential privacy: (ε, δ) = ({self.epsilon:.3f}, {config.delta:g}) "
             f"after {config.rounds} rounds, bound by the {self.accountant.upper()} accountant",
             f"  neighbouring data sets   {NEIGHBOURS}",
-            f"  holds against            whoever sees this site's updates, the model or its samples;"
-            f" N = {self.patients} and this plan are public",
+            f"  holds against            {_seen(config)}; N = {self.patients} and this plan are public",
             f"  noise multiplier σ       {self.noise_multiplier:.4f}"
             + (f" (on gradients {self.gradient_noise_multiplier:.4f})" if config.adaptive_clipping else ""),
             f"  clip norm C              {config.clip_norm:g}"
@@ -339,6 +370,8 @@ class DPPlan:
         fields_of_plan = dict(values)
         try:
             config = dict(fields_of_plan.pop("config"))
+            if config.get("shared_noise") is not None:
+                config["shared_noise"] = SharedNoise(**config["shared_noise"])
             if config.get("adaptive_clipping") is not None:
                 config["adaptive_clipping"] = AdaptiveClipping(**config["adaptive_clipping"])
             by_round = tuple(float(value) for value in fields_of_plan.pop("epsilon_by_round"))
@@ -381,13 +414,59 @@ def calibrate(config: DPConfig, *, patients: int) -> DPPlan:
 
 def _events(config: DPConfig, sigma: float, rounds: int) -> tuple[MechanismEvent, ...]:
     """The release, if any, and so many rounds at σ."""
-    events: list[MechanismEvent] = []
-    if config.release_noise_multiplier is not None:
-        events.append(GaussianRelease(noise_multiplier=config.release_noise_multiplier))
+    release = _release(config)
+    events: list[MechanismEvent] = [] if release is None else [release]
     if rounds:
-        steps = rounds * config.steps_per_round
-        events.append(SampledGaussian(sampling_rate=config.sampling_rate, noise_multiplier=sigma, steps=steps))
+        events.append(_steps(config, sigma, rounds * config.steps_per_round))
     return tuple(events)
+
+
+def _steps(config: DPConfig, sigma: float, steps: int) -> MechanismEvent:
+    shared, rate = config.shared_noise, config.sampling_rate
+    if shared is None:
+        return SampledGaussian(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
+    return _skellam(rate, sigma, shared.dimensions, steps)
+
+
+def _release(config: DPConfig) -> GaussianRelease | SampledSkellam | None:
+    sigma, shared = config.release_noise_multiplier, config.shared_noise
+    if sigma is None:
+        return None
+    if shared is None or shared.release_dimensions is None:
+        return GaussianRelease(noise_multiplier=sigma)
+    return _skellam(1.0, sigma, shared.release_dimensions, 1)
+
+
+def _skellam(rate: float, sigma: float, dimensions: int, steps: int) -> SampledSkellam:
+    return SampledSkellam(
+        sampling_rate=rate,
+        noise_variance=(sigma * GRID_UNITS_PER_CLIP_NORM) ** 2,
+        clip=GRID_UNITS_PER_CLIP_NORM,
+        dimensions=dimensions,
+        steps=steps,
+    )
+
+
+def _seen(config: DPConfig) -> str:
+    shared = config.shared_noise
+    if shared is None:
+        return "whoever sees this site's updates, the model or its samples"
+    return (
+        "whoever sees the sums over all sites, the model or its samples, and does not know the noise of "
+        f"{shared.honest_sites} sites in each sum"
+    )
+
+
+def _curve(events: tuple[MechanismEvent, ...], deltas: Sequence[float]) -> list[tuple[float, float]]:
+    """(ε, δ) wherever there is a finite ε; every point that is left out only loosens what is read from the curve."""
+    try:
+        return [(s.epsilon, d) for s, d in zip(epsilons([events], deltas)[0], deltas, strict=True)]
+    except InvalidPlan:
+        curve = []
+        for delta in deltas:
+            with suppress(InvalidPlan):
+                curve.append((epsilon(events, delta).epsilon, delta))
+        return curve
 
 
 def _least_sigma(config: DPConfig) -> float:
@@ -396,7 +475,10 @@ def _least_sigma(config: DPConfig) -> float:
     assert target is not None  # noqa: S101 - the configuration has one or the other
 
     def spent(sigma: float) -> Spent:
-        return epsilon(_events(config, sigma, config.rounds), config.delta)
+        try:
+            return epsilon(_events(config, sigma, config.rounds), config.delta)
+        except InvalidPlan:  # so little noise that no finite cost is proven
+            return Spent(epsilon=math.inf, accountant="rdp")
 
     high = 1.0
     while spent(high).epsilon > target:

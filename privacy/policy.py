@@ -20,6 +20,7 @@ RULES = (
     "secure_aggregation.peers",
     "secure_aggregation.min_survivors",
     "secure_aggregation.colluding_sites",
+    "shared_noise",
     "budgets.per_job.epsilon",
     "budgets.per_job.delta",
     "budgets.total.delta",
@@ -104,6 +105,8 @@ class PrivacyPolicy:
         max_clip_norm: ceiling on the steps' C, with adaptive clipping on the highest it can reach; None sets no limit.
             At a given σ it changes no ε: it bounds how far one patient moves the model, noise or not.
         may_leave: names of the statistics that may leave beside the model update.
+        shared_noise: let a job count the noise that other sites add to a sum under secure aggregation: what this site
+            sends then has too little noise by itself.
         secure_aggregation: with whom this site sums under masks and on which terms, and whether nothing else may leave;
             None lets no job do so.
 
@@ -118,6 +121,7 @@ class PrivacyPolicy:
     min_noise_multiplier: float = 0.0
     max_clip_norm: float | None = None
     may_leave: tuple[str, ...] = ()
+    shared_noise: bool = False
     secure_aggregation: Floor | None = None
 
     def __post_init__(self) -> None:
@@ -190,6 +194,9 @@ class PrivacyPolicy:
 
     def _check_plan(self, plan: DPPlan, patients: int) -> None:
         config, per_job, total = plan.config, self.budgets.per_job, self.budgets.total
+        alone = config.shared_noise is None or self.shared_noise
+        remedy = "let each site's noise be enough by itself (privacy.dp = local)"
+        _demand(alone, "shared_noise", "one noise for all sites", "no reliance on other sites' noise", remedy)
         remedy = "the site must lower it below 1 / patients: above, publishing one patient whole would keep it"
         _demand(total.delta * patients < 1, "budgets.total.delta", f"{patients} patients", f"{total.delta:g}", remedy)
         _at_most("budgets.per_job.delta", config.delta, per_job.delta, "lower the job's delta")

@@ -28,8 +28,9 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Calibrate, print, ask the policy."""
-    from custom.config import ExperimentConfig, privacy_plan
+    from custom.config import ExperimentConfig
     from custom.egress import statistics_that_leave
+    from custom.job_plan import privacy_plan
     from custom.site_file import load_site
     from custom.strict import ConfigError, require
     from privacy.policy import PolicyRefused

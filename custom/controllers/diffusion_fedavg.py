@@ -32,7 +32,7 @@ from custom.codec import (
     to_torch,
     workspace_root,
 )
-from custom.config import ExperimentConfig, privacy_plan
+from custom.config import ExperimentConfig
 from custom.controllers.skip_list import SkipList
 from custom.device import use
 from custom.diffusion.ema import updated_ema
@@ -40,6 +40,7 @@ from custom.diffusion.networks import Shapes, build_network, parameter_shapes
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
+from custom.job_plan import privacy_plan
 from custom.model_file import ModelFile, load_model, save_model
 from custom.pictures import grey_levels, sample_grid
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
@@ -165,7 +166,7 @@ class DiffusionFedAvg(FedAvg):
                     raise
                 self.info(f"ending with the model of {round_number} rounds: {error}")
                 return model, str(error)
-            model = next_model(model, average.mean())
+            model = self._moved(model, average)
             record = RoundRecord(
                 round_number=round_number,
                 asked=asked,
@@ -184,6 +185,10 @@ class DiffusionFedAvg(FedAvg):
                 file = folder.path / "samples" / f"round_{round_number + 1:04d}.png"
                 _grid(images, file, experiment, _after(round_number + 1))
         return model, None
+
+    def _moved(self, model: ModelFile, average: Average) -> ModelFile:
+        """The model after a round."""
+        return next_model(model, average.mean())
 
     def _invited(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
         """Who is asked in a round: drawn, connected, and not left out for having been silent."""

@@ -27,14 +27,16 @@ from custom.codec import (
     task_model,
 )
 from custom.config import ExperimentConfig
-from custom.controllers.diffusion_fedavg import BudgetSpent, DiffusionFedAvg, RoundVoid
+from custom.controllers.diffusion_fedavg import Average, BudgetSpent, DiffusionFedAvg, RoundVoid
 from custom.diffusion.networks import Shapes
 from custom.egress import BUDGET_SPENT, EgressRefused, check_arrays
-from custom.masked_vector import session_encoding, split_means
+from custom.masked_vector import session_encoding, shared_noise_encoding, split_means
+from custom.model_file import ModelFile
+from custom.server_step import stepped
 from custom.site_file import ServerConfig
 from custom.site_sessions import kit_root
 from custom.strict import ConfigError, require
-from privacy.secagg.encoding import Encoding
+from privacy.secagg.encoding import Encoding, IntegerEncoding
 from privacy.secagg.errors import SecAggError, TooFew
 from privacy.secagg.messages import Roster, Session
 from privacy.secagg.server import Server
@@ -73,7 +75,7 @@ class _Sum:
     """
 
     roster: Roster
-    encoding: Encoding
+    encoding: Encoding | IntegerEncoding
 
     def __init__(self, server: Server, invited: Collection[str], experiment: ExperimentConfig) -> None:
         self.server, self.invited, self._experiment = server, sorted(invited), experiment
@@ -126,7 +128,8 @@ class SecureFedAvg(DiffusionFedAvg):
                 if running is None or (running.task, running.round_number) != (task, header.round_number):
                     running = self._opened(task, header, asked, experiment)
                 average = self._summed(running, arrays, header, experiment)
-                check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
+                if shared_noise_encoding(experiment, task) is None:
+                    check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
                 return average
             except (SecAggError, EgressRefused) as error:
                 said = f"{task} in round {header.round_number + 1}: {error}; refused: {self._refused or 'none'}"
@@ -135,6 +138,11 @@ class SecureFedAvg(DiffusionFedAvg):
                     raise (BudgetSpent if spent else RoundVoid)(f"{said}; see those sites' logs") from error
                 self.info(f"{said}; once more, with fresh keys")
         raise AssertionError  # the last attempt returned or raised
+
+    def _moved(self, model: ModelFile, average: Average) -> ModelFile:
+        if shared_noise_encoding(model.experiment, tasks.TRAIN) is not None:
+            return stepped(model, average.mean())
+        return super()._moved(model, average)
 
     def _evaluated(
         self, arrays: Arrays, header: TaskHeader, sites: list[str], experiment: ExperimentConfig

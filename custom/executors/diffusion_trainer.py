@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -42,7 +43,7 @@ from custom.codec import (
     update_reply,
     workspace_root,
 )
-from custom.config import ExperimentConfig, privacy_plan
+from custom.config import ExperimentConfig
 from custom.device import use
 from custom.diffusion.networks import build_network, parameter_shapes
 from custom.diffusion.schedule import build_schedule
@@ -60,9 +61,16 @@ from custom.filters.egress_gate import checked, passed
 from custom.filters.encryption import require_encryption
 from custom.he_contexts import CLIENT_CONTEXT
 from custom.he_packing import opened, packed_name
+from custom.job_plan import privacy_plan
 from custom.pictures import real_and_generated
 from custom.privacy_config import MeanImageConfig
-from custom.private_training import release_mean_image, train_private_round, training_patients
+from custom.private_training import (
+    release_mean_image,
+    shared_gradient,
+    shared_mean_image,
+    train_private_round,
+    training_patients,
+)
 from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
 from custom.site_sessions import SiteSessions
@@ -216,10 +224,37 @@ def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, mes
         remedy = "a task with work needs its own session and the peers' boxes"
         raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
     masking = site.sessions(header).masking(session, message.boxes)
+    if site.plan is not None and site.plan.config.shared_noise is not None and task != tasks.EVALUATE:
+        return masked_reply(masking.integers(_share(site, site.plan, task, arrays, header, masking.sites)))
     reply = _work(site, task, arrays, header)
     if reply.get_return_code() != ReturnCode.OK:
         return reply
-    return masked_reply(masking(*content_of(checked(reply, site.experiment))))
+    return masked_reply(masking.values(*content_of(checked(reply, site.experiment))))
+
+
+def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHeader, sites: int) -> NDArray[np.int64]:
+    """This site's integers in a sum whose noise the sites share, charged."""
+    experiment, cohort = site.experiment, site.admitted()
+    asked = None if experiment.privacy is None else experiment.privacy.mean_image
+    if task == tasks.RELEASE and asked is not None and plan.release_event is not None:
+        event: MechanismEvent = plan.release_event
+        ledger, attempt = site.begin(plan, header, RELEASE_BEFORE_TRAINING)
+        integers = shared_mean_image(cohort, asked, plan, sites=sites)
+    else:
+        event = plan.round_event
+        ledger, attempt = site.begin(plan, header, round_release(header.round_number))
+        integers = shared_gradient(
+            cohort=cohort,
+            weights=to_torch(arrays),
+            config=experiment,
+            plan=plan,
+            device=site.device,
+            patients_in_memory=site.config.hardware.patients_in_memory,
+            sites=sites,
+        )
+    digest = release_sha256({task: torch.from_numpy(integers)})
+    ledger.charge(attempt, event, sha256=digest, budgets=site.config.policy.budgets)
+    return integers
 
 
 def _stage(site: _Site, message: ToSite, header: TaskHeader) -> FromSite:

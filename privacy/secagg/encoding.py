@@ -201,3 +201,56 @@ class Encoding:
                 np.copyto(result, room, casting="unsafe")
                 first = place.start + start
                 yield slice(first, first + part.size), result.view(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerEncoding:
+    """Integers that are summed as they are, such as rounded sums that carry noise; a 1 for each site comes last.
+
+    Whoever makes them keeps their sum within the ring: what lies beyond ±2^(b-1) wraps.
+
+    Attributes:
+        shapes: name and shape of each part, in order.
+        unit: value of 1.
+        ring_bits: b.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    unit: float
+    ring_bits: RingBits = 32
+
+    @property
+    def size(self) -> int:
+        """Coordinates of the vector, with the count of sites."""
+        return sum(math.prod(shape) for _, shape in self.shapes) + 1
+
+    def encode(self, integers: NDArray[np.int64]) -> Vector:
+        """One site's vector, [size].
+
+        Raises:
+            EncodingRefused: not int64, or another number of them.
+        """
+        if integers.dtype != np.int64 or integers.shape != (self.size - 1,):
+            found = (integers.dtype, integers.shape)
+            raise EncodingRefused(argument="integers", value=found, remedy=f"give int64 [{self.size - 1}]")
+        return np.append(integers, 1).astype(np.dtype(f"uint{self.ring_bits}"))
+
+    def decode(self, total: Vector) -> tuple[dict[str, NDArray[np.float64]], float]:
+        """The mean over the sites of each part, and how many they are.
+
+        Raises:
+            EncodingRefused: another vector, or a count that is not positive.
+        """
+        dtype = np.dtype(f"uint{self.ring_bits}")
+        if total.dtype != dtype or total.shape != (self.size,):
+            raise EncodingRefused(argument="total", value=(total.dtype, total.shape), remedy="give the session's sum")
+        signed = total.view(f"int{self.ring_bits}")
+        sites = int(signed[-1])
+        if sites <= 0:
+            raise EncodingRefused(argument="sites", value=sites, remedy="a masked vector was not one; start anew")
+        means, start = {}, 0
+        for name, shape in self.shapes:
+            stop = start + math.prod(shape)
+            means[name] = (signed[start:stop] * (self.unit / sites)).reshape(shape)
+            start = stop
+        return means, float(sites)

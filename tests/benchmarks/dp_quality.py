@@ -33,13 +33,14 @@ from torch import Tensor
 
 from custom.atomic import write_atomically
 from custom.cli import main as fedct
-from custom.config import ExperimentConfig, privacy_plan
+from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import next_model
 from custom.device import use
 from custom.diffusion.networks import build_network
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
 from custom.evaluation import evaluate
+from custom.job_plan import privacy_plan
 from custom.model_file import ModelFile, load_model
 from custom.pictures import grids
 from custom.private_training import release_mean_image, train_private_round

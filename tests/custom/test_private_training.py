@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from custom.config import ExperimentConfig, TrainingConfig, privacy_plan
+from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
+from custom.job_plan import privacy_plan
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.private_training import (
     CLIP_NORM,

@@ -120,9 +120,8 @@ def simulate(
         f'[sites.{name}]\nhome = "sites/{name}"\nkit = "kits/{name}"\n{policy}\nhardware = {{ threads = 1 }}\n{data}\n'
         for name, data in sites.items()
     ]
-    site_file.write_text(
-        '[server]\nruns = "runs"\nkit = "kits/server"\nhardware = { threads = 1 }\n\n' + "\n".join(tables)
-    )
+    server = '[server]\nruns = "runs"\nkit = "kits/server"\nhardware = { threads = 1 }\n\n'
+    site_file.write_text(server + "\n".join(tables))
     local = base / "workspace" / "local"
     local.mkdir(parents=True, exist_ok=True)
     resources = json.loads((REPOSITORY / "simulator_workspace/local/resources.json").read_text())

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 from simulator import REPOSITORY, Run, simulate
 
 from custom.cli import main
-from custom.config import ExperimentConfig, TrainingConfig, privacy_plan
+from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.networks import build_network, parameter_shapes
 from custom.egress import MEAN_IMAGE
+from custom.job_plan import privacy_plan
 from custom.model_file import ModelFile, save_model
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt

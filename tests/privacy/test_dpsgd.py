@@ -14,11 +14,12 @@ from scipy import stats
 from torch import Tensor, nn
 
 from privacy.accounting import SampledGaussian
-from privacy.dpsgd import CLIP_MARGIN, PatientSGD, _norms, noisy_clipped_sum
+from privacy.dpsgd import CLIP_MARGIN, PatientSGD, _norms, noisy_clipped_sum, release_share
 from privacy.errors import InvalidPlan, PlanExhausted, WrongDraws
 from privacy.gradients import per_patient_gradients
-from privacy.plan import AdaptiveClipping, DPConfig, DPPlan, calibrate
+from privacy.plan import GRID_UNITS_PER_CLIP_NORM, AdaptiveClipping, DPConfig, DPPlan, SharedNoise, calibrate
 from privacy.rng import Randomness, SecureRandomness, SeededRandomnessForTests
+from privacy.skellam import sensitivity
 
 RARE = 1e-6  # a correct step fails a statistical test by chance once in a million runs
 
@@ -126,12 +127,84 @@ def test_randomness_is_secure_unless_a_test_hands_over_another() -> None:
     assert type(sgd._optimizer._randomness) is SecureRandomness
 
 
+# ---- a share of one noise over all sites
+
+
+def make_shared(honest: int = 2, sigma: float = 1.5, dimensions: int = 20_000, **changes: Any) -> DPPlan:
+    shared = SharedNoise(honest_sites=honest, dimensions=dimensions)
+    return make_plan(noise_multiplier=sigma, shared_noise=shared, **changes)
+
+
+def share_of(slices: Tensor, plan: DPPlan, randomness: Randomness) -> NDArray[np.int64]:
+    run = Run(plan, slices, randomness=randomness)
+    return run.sgd.share(run.draw, sites=3)
+
+
+def test_honest_shares_together_have_the_plans_noise_and_one_alone_has_not() -> None:
+    plan = make_shared()
+    std = plan.noise_multiplier * GRID_UNITS_PER_CLIP_NORM
+    shares = [share_of(torch.zeros(8, 3, 20_000), plan, SecureRandomness()) for _ in range(2)]
+    together = torch.from_numpy(shares[0] + shares[1])
+    assert noise_fits(together, std)
+    assert not noise_fits(together, std * 2 / 3)
+    assert not noise_fits(together, std * 3 / 2)
+    assert noise_fits(torch.from_numpy(shares[0]), std / math.sqrt(2))
+    assert stats.pearsonr(shares[0], shares[1]).pvalue > RARE
+
+
+def test_a_share_is_the_clipped_sum_on_the_grid() -> None:
+    plan = make_shared(dimensions=5)
+    slices = torch.linspace(-1, 1, 8 * 3 * 5).reshape(8, 3, 5)
+    one, other = (share_of(s, plan, SeededRandomnessForTests(7)) for s in (slices, slices * 0))
+    gradients = slices.mean(dim=1)
+    wanted = (gradients * (plan.config.clip_norm / gradients.norm(dim=1, keepdim=True)).clamp(max=1.0)).sum(dim=0)
+    found = (one - other) / GRID_UNITS_PER_CLIP_NORM * plan.config.clip_norm
+    np.testing.assert_allclose(found, wanted, atol=1 / GRID_UNITS_PER_CLIP_NORM + 2e-5 * 8)
+
+
+def test_a_plan_with_shared_noise_makes_no_step_here_and_one_without_gives_no_share() -> None:
+    run = Run(make_shared(dimensions=5), torch.zeros(8, 3, 5), randomness=SecureRandomness())
+    with pytest.raises(InvalidPlan, match="shared_noise"):
+        run.sgd.step(run.draw)
+    run = Run(make_plan(), torch.zeros(8, 3, 5), randomness=SecureRandomness())
+    with pytest.raises(InvalidPlan, match="shared_noise"):
+        run.sgd.share(run.draw, sites=3)
+
+
+def test_shares_of_a_release_add_up_to_its_noise() -> None:
+    shared = SharedNoise(honest_sites=3, dimensions=5, release_dimensions=30_000)
+    plan = make_plan(shared_noise=shared, release_noise_multiplier=4.0)
+    shares = [
+        release_share(torch.zeros(4, 30_000), clip_norm=13.0, plan=plan, sites=3, randomness=SecureRandomness())
+        for _ in range(3)
+    ]
+    together = torch.from_numpy(np.sum(shares, axis=0))
+    assert noise_fits(together, 4.0 * GRID_UNITS_PER_CLIP_NORM)
+    assert not noise_fits(together, 4.0 * GRID_UNITS_PER_CLIP_NORM * 3 / 2)
+    with pytest.raises(InvalidPlan, match="release_noise_multiplier"):
+        release_share(torch.zeros(4, 5), clip_norm=1.0, plan=make_shared(), sites=3, randomness=SecureRandomness())
+
+
 # ---- one patient's influence
 
 ADVERSARIAL = st.one_of(
     st.floats(-1e3, 1e3),
     st.sampled_from([1e-30, 1e18, -1e18, 1e30, 3e38, math.inf, -math.inf, math.nan]),
 )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    patient=st.lists(st.lists(ADVERSARIAL, min_size=5, max_size=5), min_size=3, max_size=3),
+    clip_norm=st.sampled_from([0.01, 1.0, 30.0]),
+)
+def test_one_patient_changes_a_share_by_no_more_than_was_counted(patient: list[list[float]], clip_norm: float) -> None:
+    plan = make_shared(dimensions=5, clip_norm=clip_norm)
+    others = torch.linspace(-1, 1, 7 * 3 * 5).reshape(7, 3, 5)
+    with_patient = torch.cat([others, torch.tensor(patient)[None]])
+    one, other = (share_of(slices, plan, SeededRandomnessForTests(7)) for slices in (with_patient, others))
+    _, most = sensitivity(clip=GRID_UNITS_PER_CLIP_NORM, dimensions=5, beta=1e-9)
+    assert np.linalg.norm(one - other) <= most
 
 
 @settings(max_examples=40, deadline=None)
