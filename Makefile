@@ -13,11 +13,11 @@ venv: $(BIN)/.installed ## create .venv and install fedct with what was tested
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing: about 6 GB, a few minutes"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[he]'
 	touch $@
 
 $(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[he,test]'
 	@# Google's accountant, a reference in tests, asks for an older attrs than the rest can use, and works with this one.
 	$(BIN)/python -m pip install --quiet --no-deps dp-accounting==0.6.0 dm-tree==0.1.10 immutabledict==4.3.1
 	touch $@
@@ -39,7 +39,7 @@ test-all: check ## the same with the tests that take minutes each
 	$(BIN)/python -m pytest
 
 bench: venv ## training benchmark: throughput against bare loops, NVFlare's overhead
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,he]'
 	$(BIN)/python tests/benchmarks/training.py
 
 bench-dp: $(BIN)/.installed-test ## cost of differential privacy in time and memory, against plain training and Opacus

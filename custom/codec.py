@@ -18,9 +18,13 @@ from torch import Tensor
 
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
 from custom.egress import METRICS, WEIGHT
-from custom.strict import build
+from custom.he_contexts import REMEDY, check_context, tenseal
+from custom.he_packing import ALGORITHM
+from custom.strict import ConfigError, build
 from privacy.secagg.encoding import Vector
 from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
+
+ENCRYPTOR = "nvflare.app_opt.he.model_encryptor.HEModelEncryptor"
 
 # In an evaluation task: the model's tensors and, beside them, uint8 images [N, 1, *spatial] under these names.
 SAMPLES = "samples"
@@ -141,6 +145,28 @@ def update_reply(difference: Mapping[str, Tensor], *, weight: float, metrics: Ma
     return reply
 
 
+def encrypted_reply(name: str, vector: object, *, metrics: Mapping[str, float]) -> Shareable:
+    """An update as one vector, on its way into ciphertext or encrypted; its weight is inside, 1 is said of it."""
+    reply: Shareable = DXO(
+        DataKind.WEIGHT_DIFF, data={name: vector}, meta={WEIGHT: 1.0, MetaKey.INITIAL_METRICS: dict(metrics)}
+    ).to_shareable()
+    return reply
+
+
+def decrypt_task(name: str, ciphertext: bytes, header: TaskHeader) -> FLModel:
+    """The task to open a sum, in the words that NVFlare's HEModelDecryptor looks for."""
+    task = task_model({}, header)
+    task.params = {name: ciphertext}
+    task.meta |= {MetaKey.PROCESSED_KEYS: {name: True}, MetaKey.PROCESSED_ALGORITHM: ALGORITHM}
+    return task
+
+
+def mean_reply(mean: Mapping[str, NDArray[np.float32]]) -> Shareable:
+    """A site's answer to ``decrypt``: float32 arrays and nothing beside them."""
+    reply: Shareable = DXO(DataKind.WEIGHT_DIFF, data=dict(mean)).to_shareable()
+    return reply
+
+
 def metrics_reply(metrics: Mapping[str, float]) -> Shareable:
     """A site's answer to ``evaluate``: metrics alone."""
     reply: Shareable = DXO(DataKind.METRICS, data=dict(metrics)).to_shareable()
@@ -166,6 +192,30 @@ def experiment_of(fl_ctx: FLContext) -> ExperimentConfig:
     """The experiment of the running job, from the folder that NVFlare deployed."""
     workspace = fl_ctx.get_engine().get_workspace()
     return ExperimentConfig.load(Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / EXPERIMENT_FILE)
+
+
+def he_context(fl_ctx: FLContext, name: str, *, secret_key: bool) -> Any:
+    """The TenSEAL context in this node's startup folder, which NVFlare holds against the kit's signature.
+
+    Args:
+        fl_ctx: the running job's.
+        name: the file's.
+        secret_key: whether it must hold one; otherwise it must not.
+
+    Raises:
+        ConfigError: no TenSEAL, no such file, a wrong signature, or a context that this job cannot use safely.
+    """
+    tenseal()
+    from nvflare.app_opt.he.homomorphic_encrypt import load_tenseal_context_from_workspace
+
+    try:
+        context = load_tenseal_context_from_workspace(name, fl_ctx)
+    except ValueError as error:  # no such file, or a wrong signature
+        raise ConfigError(f"{name} = {error}; make it: {REMEDY}") from error
+    except TypeError as error:  # NVFlare's way to say that there is no startup folder
+        raise ConfigError(f"{name} = no startup folder; make it: {REMEDY}") from error
+    check_context(context, name, secret_key=secret_key)
+    return context
 
 
 def workspace_root(fl_ctx: FLContext) -> Path:

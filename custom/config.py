@@ -24,6 +24,7 @@ from privacy.plan import DPConfig
 
 EXPERIMENT_FILE = "experiment.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
+MOST_ENCRYPTED_NORM = 1000.0  # times a weight of a million and 500 sites is below 2³⁹, see custom.he_contexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +280,7 @@ class ExperimentConfig:
         secure_aggregation: masks under which updates and metrics leave the sites, or None.
         start_from: name of a model in the server's folder of models (see :class:`custom.site_file.ServerConfig`) whose
             weights the run starts with, such as one that was trained on public data; None for fresh weights.
+        encryption: ``ckks``: updates leave the sites encrypted and the server adds ciphertexts; None sends them plain.
     """
 
     name: str
@@ -290,6 +292,7 @@ class ExperimentConfig:
     privacy: PrivacyConfig | None = None
     secure_aggregation: SecureAggregationConfig | None = None
     start_from: str | None = None
+    encryption: Literal["ckks"] | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -315,6 +318,8 @@ class ExperimentConfig:
             require(self.training.batch_size is not None, argument="training.batch_size", value=None, remedy=remedy)
         else:
             _require_private(self)
+        if self.encryption is not None:
+            _require_encryptable(self)
         require(
             self.sampling.steps <= self.schedule.timesteps,
             argument="sampling.steps",
@@ -411,3 +416,14 @@ def _require_private(experiment: ExperimentConfig) -> None:
         bits = 32 if masks is None else masks.ring_bits
         require(bits == 32, argument="secure_aggregation.ring_bits", value=bits, remedy="give 32")
         require(steps == 1, argument="training.steps_per_round", value=steps, remedy="give 1: each step is a sum")
+
+
+def _require_encryptable(experiment: ExperimentConfig) -> None:
+    """What a sum of ciphertexts needs to hide a site and to fit into its modulus."""
+    masks, remedy = experiment.secure_aggregation, "leave it out with encryption, or leave encryption out"
+    require(masks is None, argument="secure_aggregation", value=masks, remedy=remedy)
+    fewest, norm = experiment.federation.min_responses, experiment.federation.max_update_norm
+    remedy = "give at least 2 with encryption: the sum of one update is that update"
+    require(fewest >= 2, argument="federation.min_responses", value=fewest, remedy=remedy)
+    remedy = f"give at most {MOST_ENCRYPTED_NORM:g} with encryption: a sum over many sites could overflow otherwise"
+    require(norm <= MOST_ENCRYPTED_NORM, argument="federation.max_update_norm", value=norm, remedy=remedy)

@@ -91,11 +91,16 @@ def check_update(
             metric, a metric that is no finite number, or a weight outside what the experiment says.
     """
     check_arrays(arrays, shapes=shapes, max_norm=config.federation.max_update_norm)
+    check_meta(meta, config=config, encrypted=False)
+
+
+def check_meta(meta: Mapping[str, Any], *, config: ExperimentConfig, encrypted: bool) -> None:
+    """Let what is said beside an update pass, or raise as :func:`check_update`; an encrypted one's weight is inside."""
     _refuse_unknown(set(meta), {WEIGHT, METRICS}, "meta")
     weight = meta.get(WEIGHT)
-    if config.federation.weighting == "uniform":
+    if encrypted or config.federation.weighting == "uniform":
         if weight != 1.0:
-            raise EgressRefused("weight: federation.weighting is uniform; only 1.0 may leave")
+            raise EgressRefused("weight: only 1.0 may leave with uniform weighting or beside an encrypted update")
     elif type(weight) is not float or not (1 <= weight <= MOST_PATIENTS and weight.is_integer()):
         raise EgressRefused(f"weight: must be a whole number of training patients up to {MOST_PATIENTS}, as a float")
     metrics: Any = meta.get(METRICS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,12 @@ class Average(Protocol):
     def mean(self) -> dict[str, NDArray[np.float32]]: ...  # noqa: D102
 
 
+class Collector(Average, Protocol):
+    """The same while replies come in."""
+
+    def add(self, site: str, arrays: Any, meta: Mapping[str, Any]) -> bool: ...  # noqa: D102
+
+
 class RoundVoid(Exception):
     """Fewer sites than ``federation.min_responses`` gave an acceptable update in time."""
 
@@ -122,6 +128,8 @@ class DiffusionFedAvg(FedAvg):
         """Refuse an experiment that asks for what this controller does not do."""
         asked, remedy = experiment.secure_aggregation, "name SecureFedAvg in config_fed_server.json"
         require(asked is None, argument="secure_aggregation", value=asked, remedy=remedy)
+        said, remedy = experiment.encryption, "name EncryptedFedAvg in config_fed_server.json"
+        require(said is None, argument="encryption", value=said, remedy=remedy)
 
     def _prepared(self, experiment: ExperimentConfig, folder: RunFolder, server: ServerConfig) -> ModelFile:
         """The model before the first round: fresh or given weights, warmed up on the sites' noisy mean image."""
@@ -202,9 +210,22 @@ class DiffusionFedAvg(FedAvg):
             RoundVoid: too few acceptable ones until all have answered or the time is up.
         """
         average = InTimeAverage(shapes, experiment)
+        self._collect(average, task, arrays, header, asked, experiment)
+        return average
+
+    def _collect(
+        self,
+        average: Collector,
+        task: str,
+        arrays: Arrays,
+        header: TaskHeader,
+        asked: list[str],
+        experiment: ExperimentConfig,
+    ) -> None:
+        """Send a task and add the replies as they come in; raises as :meth:`_ask`."""
 
         def receive(reply: FLModel) -> bool:
-            site, meta = reply.meta["client_name"], _sent_meta(reply)
+            site, meta = reply.meta["client_name"], sent_meta(reply)
             # Full weights would pass for a difference otherwise: names and shapes are the same.
             difference = reply.params if reply.params_type == ParamsType.DIFF else None
             added = average.add(site, difference, meta)
@@ -222,7 +243,6 @@ class DiffusionFedAvg(FedAvg):
                 f"federation.min_responses = {experiment.federation.min_responses}; "
                 f"refused: {average.refused or 'none'}; see those sites' logs"
             )
-        return average
 
     def _send(self, task: str, data: FLModel, targets: list[str], timeout: int, receive: Receive) -> set[str]:
         """Send a task, wait until all targets have answered or the time is up, and return who was silent."""
@@ -385,7 +405,7 @@ def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) 
     )
 
 
-def _sent_meta(reply: FLModel) -> dict[str, Any]:
+def sent_meta(reply: FLModel) -> dict[str, Any]:
     """The meta that the site sent, without what NVFlare's controller adds on arrival."""
     return reply_meta({key: value for key, value in reply.meta.items() if key not in ("client_name", "props")})
 

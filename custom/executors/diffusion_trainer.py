@@ -1,4 +1,4 @@
-"""The site's side of a run: train a round, compare samples with held-out patients.
+"""The site's side of a run: train a round, compare samples with held-out patients, open an encrypted sum.
 
 Under differential privacy a release is trained for only after the site's policy has passed the job and its ledger has
 set the cost aside, and leaves only after it was charged. Under secure aggregation whatever would leave goes under masks
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ from custom.codec import (
     ToSite,
     content_of,
     experiment_of,
+    he_context,
     masked_reply,
+    mean_reply,
     metrics_reply,
     read_task,
     stage_reply,
@@ -42,7 +45,7 @@ from custom.codec import (
 )
 from custom.config import ExperimentConfig
 from custom.device import use
-from custom.diffusion.networks import build_network
+from custom.diffusion.networks import build_network, parameter_shapes
 from custom.diffusion.schedule import build_schedule
 from custom.egress import (
     BUDGET_SPENT,
@@ -50,10 +53,14 @@ from custom.egress import (
     POLICY_CODES,
     SECAGG_REFUSED,
     evaluation_metrics,
+    mean_image_shape,
     statistics_that_leave,
 )
 from custom.evaluation import MIN_IMAGES, evaluate
 from custom.filters.egress_gate import checked, passed
+from custom.filters.encryption import require_encryption
+from custom.he_contexts import CLIENT_CONTEXT
+from custom.he_packing import opened, packed_name
 from custom.job_plan import privacy_plan
 from custom.pictures import real_and_generated
 from custom.privacy_config import MeanImageConfig
@@ -75,6 +82,7 @@ from privacy.accounting import MechanismEvent
 from privacy.ledger import Attempt, BudgetExceeded, Ledger, Run
 from privacy.plan import RELEASE_BEFORE_TRAINING, DPPlan, round_release
 from privacy.policy import PolicyRefused
+from privacy.rng import SecureRandomness
 from privacy.secagg.errors import ProtocolViolation, SecAggError
 from privacy.secagg.rules import Rules
 
@@ -152,7 +160,7 @@ class _Site:
 
 
 class DiffusionTrainer(Executor):
-    """Answers ``release``, ``train`` and ``evaluate``; keeps nothing between them but what is on the site's disk."""
+    """Answers the tasks of :mod:`custom.tasks`; what it keeps between them is on the site's disk."""
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do one task. Whatever goes wrong stays in the site's own log; only a return code leaves."""
@@ -168,6 +176,9 @@ class DiffusionTrainer(Executor):
             )
             arrays, header, message = read_task(shareable)
             _check_agreement(header, experiment)
+            if experiment.encryption is not None and task_name in (tasks.RELEASE, tasks.TRAIN):
+                require_encryption(task_name, fl_ctx)
+                he_context(fl_ctx, CLIENT_CONTEXT, secret_key=True)
             if experiment.secure_aggregation is None:
                 reply = _work(site, task_name, arrays, header)
             elif task_name == tasks.SECAGG:
@@ -198,6 +209,8 @@ def _work(site: _Site, task: str, arrays: Arrays, header: TaskHeader) -> Shareab
         return _train(site, arrays, header)
     if task == tasks.RELEASE and private is not None and private.mean_image is not None and site.plan is not None:
         return _release(site, site.plan, private.mean_image, header)
+    if task == tasks.DECRYPT and site.experiment.encryption is not None:
+        return _decrypt(site, arrays, header)
     if task == tasks.EVALUATE:
         return _evaluate(site, arrays, header)
     return make_reply(ReturnCode.TASK_UNKNOWN)
@@ -342,6 +355,20 @@ def _release(site: _Site, plan: DPPlan, asked: MeanImageConfig, header: TaskHead
     reply = site.charged(ledger, attempt, event, {MEAN_IMAGE: release_mean_image(cohort, asked, plan)})
     site.say(f"mean image released with noise multiplier {event.noise_multiplier:g} and charged")
     return reply
+
+
+def _decrypt(site: _Site, arrays: Mapping[str, Any], header: TaskHeader) -> Shareable:
+    """The mean of a sum that NVFlare's decryptor has opened, which is for the server and says nothing of one site."""
+    experiment = site.experiment
+    site.config.policy.check_masks(site.masks_asked)  # who may not train for this job opens none of its sums
+    released = [parameter_shapes(experiment.network, experiment.preprocess.spatial_dims), mean_image_shape(experiment)]
+    shapes = {packed_name(shapes): shapes for shapes in released if shapes is not None}
+    require(len(arrays) == 1 and set(arrays) <= set(shapes), argument="sum", value=sorted(arrays), remedy="give one")
+    ((name, total),) = arrays.items()
+    remedy = "still encrypted: put NVFlare's HEModelDecryptor into the job's task_data_filters on decrypt"
+    require(isinstance(total, list), argument="sum", value=type(total).__name__, remedy=remedy)
+    site.say(f"opened the sum of {name}s of round {header.round_number + 1}")
+    return mean_reply(opened(total, shapes[name], SecureRandomness()))
 
 
 def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:

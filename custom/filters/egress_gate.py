@@ -18,6 +18,7 @@ from custom.egress import (
     POLICY_CODES,
     SECAGG_REFUSED,
     EgressRefused,
+    check_arrays,
     check_masked,
     check_metrics,
     check_update,
@@ -82,7 +83,10 @@ def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
         before_training = mean_image_shape(config)
         if before_training is not None and set(dxo.data) == set(before_training):
             shapes = before_training
-        check_update(dxo.data, reply_meta(dxo.meta), shapes=shapes, config=config)
+        if config.encryption is not None and not dxo.meta:  # the mean, opened for the server
+            check_arrays(dxo.data, shapes=shapes, max_norm=config.federation.max_update_norm)
+        else:
+            check_update(dxo.data, reply_meta(dxo.meta), shapes=shapes, config=config)
     elif dxo.data_kind == DataKind.METRICS:
         if dxo.meta:
             raise EgressRefused("meta: metrics leave without meta; remove it")

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from custom.config import EXPERIMENT_FILE, ExperimentConfig
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = sorted(meta.parent for meta in (REPOSITORY / "jobs").glob("*/meta.json"))
 ALLOWED_SUFFIXES = {".json"}
+
+GATE = "custom.filters.egress_gate.EgressGate"
+ENCRYPTING = [  # gate on the plain update, then nothing but its ciphertext
+    GATE,
+    "custom.filters.encryption.PackUpdate",
+    "nvflare.app_opt.he.model_encryptor.HEModelEncryptor",
+    "custom.filters.encryption.CiphertextGate",
+]
 
 each_job = pytest.mark.parametrize("job", [pytest.param(job, id=job.name) for job in JOBS])
 
@@ -78,16 +87,30 @@ def test_experiment_is_valid_and_named_after_the_job(job: Path) -> None:
 def test_deployed_apps_exist_and_every_reply_passes_the_gate(job: Path) -> None:
     for app in json.loads((job / "meta.json").read_text())["deploy_map"]:
         assert (job / app).is_dir()
+    encrypted = ExperimentConfig.of_job(job).encryption is not None
     for file in job.rglob("config_fed_client.json"):
         client = json.loads(file.read_text())
         tasks = {task for entry in client["executors"] for task in entry["tasks"]}
-        gated = {
-            task
+        behind = {
+            task: [item["path"] for item in entry["filters"]]
             for entry in client["task_result_filters"]
-            if entry["filters"][-1]["path"] == "custom.filters.egress_gate.EgressGate"
             for task in entry["tasks"]
         }
-        assert tasks == gated, "NVFlare ignores the pattern *: name every task"
+        assert tasks == set(behind), "NVFlare ignores the pattern *: name every task"
+        for task, filters in behind.items():
+            assert filters == (ENCRYPTING if encrypted and task in ("train", "release") else [GATE]), task
+
+
+def test_encrypted_jobs_open_sums_through_nvflares_decryptor() -> None:
+    client = json.loads((REPOSITORY / "jobs/ct_ddpm_he/app/config/config_fed_client.json").read_text())
+    (entry,) = client["task_data_filters"]
+    assert entry["tasks"] == ["decrypt"]
+    assert [item["path"] for item in entry["filters"]] == ["nvflare.app_opt.he.model_decryptor.HEModelDecryptor"]
+
+
+def test_encrypted_job_is_the_main_job_but_for_its_encryption() -> None:
+    plain, encrypted = (ExperimentConfig.of_job(REPOSITORY / "jobs" / name) for name in ("ct_ddpm", "ct_ddpm_he"))
+    assert replace(encrypted, name=plain.name, encryption=None) == plain
 
 
 def test_the_binding_test_can_fail() -> None:

@@ -36,6 +36,7 @@ def model(tmp_path: Path, experiment: ExperimentConfig) -> Path:
         ["data", "inspect"],
         ["data", "prepare"],
         ["data", "phantom"],
+        ["simulator-keys"],
         ["sample"],
         ["evaluate"],
         ["receipt"],

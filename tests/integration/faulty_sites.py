@@ -48,11 +48,13 @@ class FaultySite(DiffusionTrainer):
     Args:
         error_round: the round (from 0) in which ``error-…`` answers with an error, and ``late-…`` is killed after its
             work is done and before the reply leaves; they are honest in others.
+        asked: a file; the first ``shy-…`` of a run that is asked to open an encrypted sum writes it and errs.
     """
 
-    def __init__(self, error_round: int = 0) -> None:
+    def __init__(self, error_round: int = 0, asked: str = "") -> None:
         super().__init__()
         self._error_round = error_round
+        self._asked = Path(asked)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do the task, then spoil the reply."""
@@ -67,6 +69,9 @@ class FaultySite(DiffusionTrainer):
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "error" and its_round:
                 return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        if task_name == "decrypt" and fault == "shy" and not self._asked.exists():
+            self._asked.write_text(fl_ctx.get_identity_name())
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
         if fault == "late" and its_round:
             os.kill(os.getpid(), signal.SIGKILL)

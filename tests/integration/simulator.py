@@ -14,6 +14,7 @@ from typing import Any
 from policies import policy_toml
 
 from custom.config import ExperimentConfig
+from custom.he_contexts import make_contexts
 from custom.run_folder import newest_run
 from custom.simulator_kits import make_kits
 
@@ -49,12 +50,14 @@ def write_job(
     recorded: Path | None = None,
     resume_run: str = "",
 ) -> Path:
-    """The repository's job, the private one for a private experiment, with that experiment and other sites.
+    """The repository's job for such an experiment, with that experiment and other sites.
 
-    ``faulty`` swaps the executor and drops the gate; ``recorded`` adds a filter behind the gate.
+    ``faulty`` swaps the executor and, unless encrypted, drops the gate; ``recorded`` adds a filter behind all others.
     """
     name = "ct_ddpm" if experiment.privacy is None else "ct_ddpm_dp"
     source = REPOSITORY / "jobs" / (name if experiment.secure_aggregation is None else "ct_ddpm_secagg")
+    if experiment.encryption is not None:
+        source = REPOSITORY / "jobs" / "ct_ddpm_he"
     config = base / "job" / "app" / "config"
     config.mkdir(parents=True, exist_ok=True)
     meta = json.loads((source / "meta.json").read_text())
@@ -66,10 +69,12 @@ def write_job(
             entry["tasks"].append("release")
     if faulty is not None:
         client["executors"][0]["executor"] = {"path": "faulty_sites.FaultySite", "args": dict(faulty)}
-        client["task_result_filters"] = []
+        if experiment.encryption is None:
+            client["task_result_filters"] = []
     if recorded is not None:
         recorder = {"path": "faulty_sites.Recorder", "args": {"folder": str(recorded)}}
-        client["task_result_filters"][0]["filters"].append(recorder)
+        for entry in client["task_result_filters"]:
+            entry["filters"].append(recorder)
     (config / "config_fed_client.json").write_text(json.dumps(client))
     server = json.loads((source / "app/config/config_fed_server.json").read_text())
     if resume_run:
@@ -122,6 +127,8 @@ def simulate(
     resources = json.loads((REPOSITORY / "simulator_workspace/local/resources.json").read_text())
     resources["class_allow_list"].append("faulty_sites.")
     (local / "resources.json").write_text(json.dumps(resources))
+    if experiment.encryption is not None:
+        make_contexts(base / "workspace" / "startup")
     environment = os.environ | {
         "FEDCT_SITE_FILE": str(site_file),
         "PYTHONPATH": str(Path(__file__).parent),
