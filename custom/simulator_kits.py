@@ -19,15 +19,23 @@ from custom.atomic import write_atomically
 from custom.site_sessions import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE
 
 VALID_DAYS = 360
+SITE_FILES = (ROOT_FILE, KEY_FILE, CERTIFICATE_FILE)
 
 
-def make_kits(server: Path, sites: Mapping[str, Path]) -> None:
+def make_kits(server: Path, sites: Mapping[str, Path], *, force: bool = False) -> list[Path]:
     """Write a root's certificate into every kit, and key and certificate into each site's. The root's key is dropped.
 
     Args:
         server: folder of the server's kit.
         sites: folder of each site's kit, by the site's name.
+        force: replace kits that are whole; without, they are kept, all or none.
+
+    Returns:
+        The folders written.
     """
+    wanted = [server / ROOT_FILE, *(kit / name for kit in sites.values() for name in SITE_FILES)]
+    if not force and all(file.is_file() for file in wanted):
+        return []
     root_key = _new_key()
     root = _certificate("simulated federation", root_key, issuer="simulated federation", issuer_key=root_key)
     write_atomically(server / ROOT_FILE, _pem(root))
@@ -40,6 +48,7 @@ def make_kits(server: Path, sites: Mapping[str, Path]) -> None:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         write_atomically(kit / KEY_FILE, private)
+    return [server, *sites.values()]
 
 
 def _new_key() -> rsa.RSAPrivateKey:

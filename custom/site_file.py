@@ -115,6 +115,20 @@ def server_config(*, workspace_root: Path) -> ServerConfig:
     return replace(server, runs=base / server.runs, models=base / server.models, kit=base / server.kit)
 
 
+def simulated_kits(workspace: Path) -> tuple[Path, dict[str, Path]]:
+    """Folders of the server's kit and, by name, of each site's, as the simulator's site file names them.
+
+    Raises:
+        ConfigError: no site file, or one that names no kits.
+    """
+    file = workspace / "local" / SITE_FILE
+    tables, base = _parse(file), _base(file)
+    server, sites = tables.get("server", {}), tables.get("sites", {})
+    for name, table in (("server", server), *((f"sites.{name}", table) for name, table in sites.items())):
+        require("kit" in table, argument=f"{name}.kit", value=None, remedy="name a folder for its kit in the site file")
+    return base / server["kit"], {name: base / table["kit"] for name, table in sites.items()}
+
+
 def load_site(file: Path, name: str) -> SiteConfig:
     """The settings of one site from a file named on the command line; raises like :func:`site_config`."""
     sites = _parse(file).get("sites", {})

@@ -8,9 +8,10 @@ under another name: the difference of two sums over different sites would show o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,10 @@ class SiteSessions:
             client.receive([box for box in boxes if box.recipient == client.party])
         return Masking(sessions=self, session=session, sites=client.parties, masks=client.masks())
 
-    def masked(self, session: Session, vector: Vector, masks: Vector) -> Vector:
-        """Add the masks, in their place; raises as :meth:`Client.mask`."""
+    def masked(self, session: Session, masks: Vector, add: Callable[[Vector], object]) -> Vector:
+        """The vector under its masks, in their place; raises as :meth:`Client.mask`."""
         with self._kept(session) as client:
-            return client.mask(vector, masks)
+            return client.mask(masks, add)
 
     def confirm(self, session: Session, survivors: Survivors) -> Signed:
         """Sign the survivors; raises as :meth:`Client.confirm`."""
@@ -189,12 +190,14 @@ class Masking:
         schema = session_encoding(self.sessions.experiment, self.session.task, parties=self.sites)
         if isinstance(schema, IntegerEncoding):
             raise EncodingRefused(argument="values", value="no noise", remedy="this job's vectors carry shared noise")
-        vector = schema.encode(values_of(schema, arrays, metrics), weight=weight)
-        return self.sessions.masked(self.session, vector, self.masks)
+        values = values_of(schema, arrays, metrics)
+        add = partial(schema.encode, values, weight=weight)
+        return self.sessions.masked(self.session, self.masks, lambda masks: add(onto=masks))
 
     def integers(self, integers: NDArray[np.int64]) -> Vector:
         """The masked vector of integers that carry noise, once; raises as :meth:`IntegerEncoding.encode`."""
         schema = session_encoding(self.sessions.experiment, self.session.task, parties=self.sites)
         if isinstance(schema, Encoding):
             raise EncodingRefused(argument="integers", value="noise", remedy="this job's vectors carry none of it")
-        return self.sessions.masked(self.session, schema.encode(integers), self.masks)
+        vector = schema.encode(integers)
+        return self.sessions.masked(self.session, self.masks, lambda masks: np.add(masks, vector, out=masks))

@@ -12,10 +12,10 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "simulator-keys",
         help="make the keys that simulated sites need",
-        description="Make the keys that simulated sites need: contexts of homomorphic encryption for jobs/ct_ddpm_he. "
-        "They are written to the simulator's startup folder, which NVFlare keeps between runs and copies to the server "
-        "and all sites: everybody there has all keys, so this protects nobody. A provisioned federation gets its own "
-        "from NVFlare's provisioning. What is there is kept.",
+        description="Make the keys that simulated sites need: kits with keys and certificates for secure aggregation "
+        "(jobs/ct_ddpm_secagg), in the folders that the simulator's site file names, and contexts of homomorphic "
+        "encryption (jobs/ct_ddpm_he), in the simulator's startup folder. All of them lie on this machine and protect "
+        "nobody. A provisioned federation gets its own from NVFlare's provisioning. What is there is kept.",
     )
     parser.add_argument(
         "workspace",
@@ -30,9 +30,18 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make what is missing and say so."""
-    from custom.he_contexts import make_contexts
+    from importlib.util import find_spec
 
+    from custom.he_contexts import make_contexts
+    from custom.simulator_kits import make_kits
+    from custom.site_file import simulated_kits
+
+    kits = make_kits(*simulated_kits(options.workspace), force=options.force)
+    print("\n".join(f"written: {kit}" for kit in kits) or "kept: the sites' kits")
+    if find_spec("tenseal") is None:
+        print("no contexts: jobs/ct_ddpm_he needs pip install 'fedct[he]'")
+        return 0
     startup = options.workspace / "startup"
-    written = make_contexts(startup, force=options.force)
-    print("\n".join(f"written: {file}" for file in written) or f"kept: the contexts in {startup}")
+    contexts = make_contexts(startup, force=options.force)
+    print("\n".join(f"written: {file}" for file in contexts) or f"kept: the contexts in {startup}")
     return 0

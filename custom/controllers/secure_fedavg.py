@@ -105,7 +105,8 @@ class SecureFedAvg(DiffusionFedAvg):
     def __init__(self, resume_run: str = "") -> None:
         super().__init__(resume_run)
         self._next: _Sum | None = None
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # in the running sum, with why
+        self._lost: set[str] = set()  # in the running sum, silent or with an error
 
     def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:
         there, remedy = experiment.secure_aggregation is not None, "missing; give the block, or name DiffusionFedAvg"
@@ -121,7 +122,7 @@ class SecureFedAvg(DiffusionFedAvg):
         shapes: Shapes,
         experiment: ExperimentConfig,
     ) -> MaskedAverage:
-        self._refused = {}
+        self._refused, self._lost = {}, set()
         for attempt in range(1, ATTEMPTS + 1):
             running, self._next = self._next, None
             try:
@@ -134,8 +135,9 @@ class SecureFedAvg(DiffusionFedAvg):
             except (SecAggError, EgressRefused) as error:
                 said = f"{task} in round {header.round_number + 1}: {error}; refused: {self._refused or 'none'}"
                 spent = any(BUDGET_SPENT in reason for reason in self._refused.values())
-                if spent or attempt == ATTEMPTS:
+                if spent or attempt == ATTEMPTS or len(set(asked) - self._lost) < 2:
                     raise (BudgetSpent if spent else RoundVoid)(f"{said}; see those sites' logs") from error
+                asked = [site for site in asked if site not in self._lost]
                 self.info(f"{said}; once more, with fresh keys")
         raise AssertionError  # the last attempt returned or raised
 
@@ -274,7 +276,7 @@ class SecureFedAvg(DiffusionFedAvg):
     def _sent(
         self, task: str, data: FLModel, targets: list[str], timeout: int, receive: Callable[[FLModel], bool]
     ) -> None:
-        self._send(task, data, targets, timeout, receive)
+        self._lost |= self._send(task, data, targets, timeout, receive) | set(self._error_codes)
         for site, code in self._error_codes.items():
             self._refused[site] = f"answered {code}"
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -208,17 +208,21 @@ class Client:
         add_masks(total, self._all_masks())
         return total
 
-    def mask(self, vector: Vector, masks: Vector) -> Vector:
+    def mask(self, masks: Vector, add: Callable[[Vector], object]) -> Vector:
         """Stage 2, second half: the encoded vector under its masks, in place of the masks.
 
+        Args:
+            masks: from :meth:`masks`.
+            add: adds the encoded vector to what it is given, in place.
+
         Raises:
-            ProtocolViolation: a second vector in this session, or one of another size or ring.
+            ProtocolViolation: a second vector in this session, or masks of another size or ring.
         """
         with self._stage(Stage.READY, Stage.MASKED):
-            for name, array in (("vector", vector), ("masks", masks)):
-                right = array.shape == (self._size,) and array.dtype == np.dtype(f"uint{self._ring_bits}")
-                _check(right, name, (array.shape, array.dtype), "the session's size and ring")
-            return np.add(vector, masks, out=masks)
+            right = masks.shape == (self._size,) and masks.dtype == np.dtype(f"uint{self._ring_bits}")
+            _check(right, "masks", (masks.shape, masks.dtype), "the session's size and ring")
+            add(masks)
+            return masks
 
     def confirm(self, survivors: Survivors) -> Signed:
         """Stage 3: sign the one set of survivors that this site will ever unmask in this session.

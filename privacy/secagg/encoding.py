@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -116,7 +115,7 @@ class Encoding:
             values: an array of real numbers under each block's name.
             weight: positive; the values are multiplied by it.
             onto: a vector of the ring, [size], such as a sum of masks, to which the encoded one is added in place: one
-                pass over memory instead of two, and no second vector. A refusal leaves it as it was.
+                pass over memory instead of two, and no second vector. After a refusal it is of no use.
 
         Raises:
             EncodingRefused: NaN or infinity, missing, extra or misshapen arrays, a weight that is not positive, or a
@@ -140,16 +139,8 @@ class Encoding:
             raise EncodingRefused(
                 argument="onto", value=(vector.dtype, vector.shape), remedy="give the session's masks"
             )
-        levels = self._levels(arrays, share)
-        done = 0
-        try:
-            for place, part in levels:
-                np.add(vector[place], part, out=vector[place])
-                done += 1
-        except EncodingRefused:
-            for place, part in islice(self._levels(arrays, share), done):
-                np.subtract(vector[place], part, out=vector[place])
-            raise
+        for place, part in self._levels(arrays, share):
+            np.add(vector[place], part, out=vector[place])
         vector[-1:] += np.array([round(share * self.levels)], self.dtype)
         return vector
 

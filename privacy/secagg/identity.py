@@ -83,7 +83,17 @@ class Identity:
     certificate: bytes
     root: Root
 
+    _private: rsa.RSAPrivateKey = field(init=False, repr=False, compare=False)  # loading it anew takes a while
+
     def __post_init__(self) -> None:
+        try:
+            key = serialization.load_pem_private_key(self.key, password=None)
+            if not isinstance(key, rsa.RSAPrivateKey):
+                raise TypeError("no RSA key")
+        except (ValueError, TypeError) as error:
+            remedy = "give the RSA key of the provisioned kit, without a passphrase"
+            raise ProtocolViolation(argument="key", value=type(error).__name__, remedy=remedy) from error
+        object.__setattr__(self, "_private", key)
         content = b"belongs together"
         self.root.verify(
             party=self.party,
@@ -94,19 +104,8 @@ class Identity:
         )
 
     def sign(self, purpose: Purpose, content: bytes) -> bytes:
-        """RSA-PSS with SHA-256 over the tagged content.
-
-        Raises:
-            ProtocolViolation: the key cannot be read.
-        """
-        try:
-            key = serialization.load_pem_private_key(self.key, password=None)
-            if not isinstance(key, rsa.RSAPrivateKey):
-                raise TypeError("no RSA key")
-        except (ValueError, TypeError) as error:
-            remedy = "give the RSA key of the provisioned kit, without a passphrase"
-            raise ProtocolViolation(argument="key", value=type(error).__name__, remedy=remedy) from error
-        return key.sign(_tagged(purpose, content), _PADDING, hashes.SHA256())
+        """RSA-PSS with SHA-256 over the tagged content."""
+        return self._private.sign(_tagged(purpose, content), _PADDING, hashes.SHA256())
 
 
 def _tagged(purpose: Purpose, content: bytes) -> bytes:

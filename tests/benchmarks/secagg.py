@@ -367,9 +367,12 @@ def unmasking(
 
 def of_zeros(sites: Sequence[Identity], size: int, gone: int, sizes: dict[str, int] | None = None) -> Server:
     """As :func:`unmasking`, of sites that add no masks."""
-    nothing = np.broadcast_to(np.zeros(1, np.uint32), size)
     return unmasking(
-        sites, size=size, masked=lambda client: client.mask(nothing, np.zeros(size, np.uint32)), gone=gone, sizes=sizes
+        sites,
+        size=size,
+        masked=lambda client: client.mask(np.zeros(size, np.uint32), lambda masks: masks),
+        gone=gone,
+        sizes=sizes,
     )
 
 
@@ -421,7 +424,9 @@ def session_seconds(sites: Sequence[Identity], vector: NDArray[np.float32]) -> f
     server = unmasking(
         sites,
         size=encoding.size,
-        masked=lambda client: client.mask(encoding.encode(values, weight=1.0), client.masks()),
+        masked=lambda client: client.mask(
+            client.masks(), lambda masks: encoding.encode(values, weight=1.0, onto=masks)
+        ),
     )
     means, weight = encoding.decode(server.unmask())
     seconds = time.perf_counter() - start

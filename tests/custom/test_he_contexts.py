@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from custom.he_contexts import (
     tenseal,
 )
 from custom.he_packing import FLOOD_STD
+from custom.site_sessions import ROOT_FILE
 from custom.strict import ConfigError
 
 ts = pytest.importorskip("tenseal")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +112,21 @@ def test_contexts_are_kept_unless_forced_and_never_halved(tmp_path: Path) -> Non
 
 
 def test_the_command_writes_them_and_then_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulator-keys", str(tmp_path)]) == 0
-    assert CLIENT_CONTEXT in capsys.readouterr().out
-    assert (tmp_path / "startup" / SERVER_CONTEXT).is_file()
-    assert main(["simulator-keys", str(tmp_path)]) == 0
-    assert "kept" in capsys.readouterr().out
-    (tmp_path / "startup" / SERVER_CONTEXT).unlink()
-    assert main(["simulator-keys", str(tmp_path)]) == 2
+    workspace = tmp_path / "simulator_workspace"
+    shutil.copytree(REPOSITORY / "simulator_workspace" / "local", workspace / "local")
+    assert main(["simulator-keys", str(workspace)]) == 0
+    said = capsys.readouterr().out
+    assert CLIENT_CONTEXT in said
+    assert str(tmp_path / "kits" / "site-1") in said
+    assert (workspace / "startup" / SERVER_CONTEXT).is_file()
+    root = (tmp_path / "kits" / "server" / ROOT_FILE).read_bytes()
+    assert main(["simulator-keys", str(workspace)]) == 0
+    assert capsys.readouterr().out.count("kept") == 2
+    assert (tmp_path / "kits" / "server" / ROOT_FILE).read_bytes() == root
+    (workspace / "startup" / SERVER_CONTEXT).unlink()
+    assert main(["simulator-keys", str(workspace)]) == 2
+    assert main(["simulator-keys", str(workspace), "--force"]) == 0
+    assert (tmp_path / "kits" / "server" / ROOT_FILE).read_bytes() != root
 
 
 def test_without_tenseal_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

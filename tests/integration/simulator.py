@@ -112,7 +112,7 @@ def simulate(
     if not isinstance(sites, Mapping):
         sites = {name: EMBEDDED.format(number=number) for number, name in enumerate(sites)}
     policy = policy or policy_toml(peers=[] if experiment.secure_aggregation is None else sites)
-    if experiment.secure_aggregation is not None and not (base / "kits").is_dir():
+    if experiment.secure_aggregation is not None:
         make_kits(base / "kits" / "server", {name: base / "kits" / name for name in sites})
     job = write_job(base, experiment, list(sites), faulty=faulty, recorded=recorded, resume_run=resume_run)
     site_file = base / "sites.toml"

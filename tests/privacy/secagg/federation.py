@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -144,7 +144,7 @@ def aggregate(
         clients[party].receive([box for box in boxes if box.recipient == party])
         masks[party] = clients[party].masks()
     for party in alive("masked", shared):
-        masked = clients[party].mask(vectors[party], masks[party])
+        masked = clients[party].mask(masks[party], adding(vectors[party]))
         if sent is not None:
             sent.masked[party] = masked.copy()
         server.add_masked(party, masked)
@@ -155,6 +155,11 @@ def aggregate(
     for party in alive("revealed", [signed.party for signed in signatures]):
         server.add_revealed(party, clients[party].reveal(signatures))
     return server.unmask(), survivors.survived
+
+
+def adding(vector: Vector) -> Callable[[Vector], object]:
+    """What adds an encoded vector to the masks."""
+    return lambda masks: np.add(masks, vector, out=masks)
 
 
 def random_vectors(parties: tuple[str, ...], size: int, seed: int, ring_bits: RingBits = 32) -> dict[str, Vector]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.errors import InvalidPlan
-from privacy.secagg.encoding import MOST_PARTIES_AT_16_BITS, Block, Encoding, RingBits
+from privacy.secagg.encoding import MOST_PARTIES_AT_16_BITS, Block, Encoding, IntegerEncoding, RingBits
 from privacy.secagg.errors import EncodingRefused
 
 BLOCKS = (Block(name="a", shape=(3, 2), bound=0.5), Block(name="b", shape=(), bound=100.0))
@@ -101,6 +101,50 @@ def test_other_arrays_than_declared_are_refused() -> None:
         ENCODING.decode(np.zeros(3, np.uint32))
     with pytest.raises(EncodingRefused, match="total weight"):
         ENCODING.decode(np.zeros(ENCODING.size, np.uint32))
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_encoding_onto_masks_is_encoding_and_adding(bits: RingBits) -> None:
+    encoding = Encoding(blocks=(Block(name="long", shape=(200_003,), bound=0.5),), parties=3, ring_bits=bits)
+    rng = np.random.default_rng(0)
+    values = {"long": rng.normal(0, 0.3, 200_003).astype(np.float32)}
+    masks = rng.integers(0, 2**bits, encoding.size, dtype=np.uint64).astype(encoding.dtype)
+    wanted = masks + encoding.encode(values, weight=1.0)
+    assert encoding.encode(values, weight=1.0, onto=masks) is masks
+    np.testing.assert_array_equal(masks, wanted)
+    for wrong in (masks[:-1], masks.astype(np.uint64)):
+        with pytest.raises(EncodingRefused, match="onto"):
+            encoding.encode(values, weight=1.0, onto=wrong)
+    for place in (0, 70_000, 200_002):
+        for bad in (np.nan, np.inf, -np.inf):
+            spoilt = {"long": values["long"].copy()}
+            spoilt["long"][place] = bad
+            with pytest.raises(EncodingRefused, match="NaN or infinity"):
+                encoding.encode(spoilt, weight=1.0, onto=masks)
+
+
+@given(sites=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_integers_are_summed_as_they_are(sites: int, seed: int) -> None:
+    encoding = IntegerEncoding(shapes=(("a", (3, 2)), ("b", ())), unit=0.25)
+    rng = np.random.default_rng(seed)
+    integers = rng.integers(-(2**31 // 5), 2**31 // 5, (sites, 7))
+    total = np.sum([encoding.encode(one) for one in integers], axis=0, dtype=np.uint32)
+    means, count = encoding.decode(total)
+    assert count == sites
+    np.testing.assert_allclose(means["a"].ravel(), integers[:, :6].sum(axis=0) * 0.25 / sites)
+    np.testing.assert_allclose(means["b"], integers[:, 6].sum() * 0.25 / sites)
+
+
+def test_what_are_no_integers_of_the_schema_is_refused() -> None:
+    encoding = IntegerEncoding(shapes=(("a", (3,)),), unit=1.0)
+    for wrong in (np.zeros(4, np.int64), np.zeros(3), np.zeros((3, 1), np.int64)):
+        with pytest.raises(EncodingRefused, match="integers"):
+            encoding.encode(wrong)
+    for total in (np.zeros(3, np.uint32), np.zeros(4, np.uint16)):
+        with pytest.raises(EncodingRefused, match="total"):
+            encoding.decode(total)
+    with pytest.raises(EncodingRefused, match="sites"):
+        encoding.decode(np.zeros(4, np.uint32))
 
 
 def test_the_weight_is_not_in_the_clear_but_in_the_vector() -> None:

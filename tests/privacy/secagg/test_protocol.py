@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federation import SESSION, aggregate, authority, client, identity, names, random_vectors
+from federation import SESSION, adding, aggregate, authority, client, identity, names, random_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,7 +125,7 @@ class Federation:
     def _masked(self) -> None:
         for party in self.parties:
             one = self.clients[party]
-            self.server.add_masked(party, one.mask(self.vectors[party], one.masks()))
+            self.server.add_masked(party, one.mask(one.masks(), adding(self.vectors[party])))
         self.survivors = self.server.close()
 
     def _signature(self) -> None:
@@ -222,13 +222,13 @@ def test_a_second_vector_in_one_session_is_refused() -> None:
     """Two vectors under one mask: their difference would be in the clear."""
     federation = Federation(until="survivors")
     vector = federation.vectors["site-01"]
-    refuses(federation.first, lambda: federation.first.mask(vector, vector), "stage")
+    refuses(federation.first, lambda: federation.first.mask(vector, adding(vector)), "stage")
 
 
 def test_a_vector_of_another_size_is_refused() -> None:
     federation = Federation(until="masked")
     masks = federation.first.masks()
-    refuses(federation.first, lambda: federation.first.mask(masks[:-1], masks), "vector")
+    refuses(federation.first, lambda: federation.first.mask(masks[:-1], adding(masks[:-1])), "masks")
 
 
 def test_an_equivocating_server_gets_no_secret() -> None:
@@ -368,7 +368,7 @@ def test_a_false_share_is_noticed_and_nothing_is_decoded(gone: tuple[str, ...]) 
     server, clients = federation.server, federation.clients
     alive = [party for party in federation.parties if party not in gone]
     for party in alive:
-        server.add_masked(party, clients[party].mask(federation.vectors[party], clients[party].masks()))
+        server.add_masked(party, clients[party].mask(clients[party].masks(), adding(federation.vectors[party])))
     survivors = server.close()
     for party in alive:
         server.add_signature(party, clients[party].confirm(survivors))
