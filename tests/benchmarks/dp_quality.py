@@ -1,14 +1,16 @@
 """What differential privacy costs in quality, and which remedy helps: one federation a row, all else equal.
 
-    python tests/benchmarks/dp_quality.py OUT [--table epsilon|ablation|scans] [--scans FOLDER]
+    python tests/benchmarks/dp_quality.py OUT [--table epsilon|ablation|shared|scans] [--scans FOLDER]
 
 Runs `jobs/ct_ddpm_dp` with the functions that sites and server use (no NVFlare, no ledger) once for each row:
 
     epsilon    ε ∈ {1, 3, 8, ∞} from fresh weights, and from weights pretrained on another, public phantom hospital
     ablation   ε = 8 from fresh weights, one thing changed at a time
+    shared     each site's own noise beside one noise for all sites under secure aggregation (the sums are added in the
+               clear here: masks change nothing of them), two of the three sites' shares being counted
     scans      the 22 real patients of ../shared/ct that have volumes, split among three sites, from pretrained weights
 
-The first two train on the embedded hospitals of the simulated sites large-1 to large-3. OUT keeps a JSON and the
+All but the last train on the embedded hospitals of the simulated sites large-1 to large-3. OUT keeps a JSON and the
 samples of each row, so that a run that was stopped goes on. At its end it prints the table in Markdown and writes a
 picture of all rows' samples. Two rows are computed at a time with one thread each: seconds are those of such a half
 machine.
@@ -31,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from custom import tasks
 from custom.atomic import write_atomically
 from custom.cli import main as fedct
 from custom.config import ExperimentConfig
@@ -39,11 +42,14 @@ from custom.device import use
 from custom.diffusion.networks import build_network
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
+from custom.egress import MEAN_IMAGE
 from custom.evaluation import evaluate
 from custom.job_plan import privacy_plan
+from custom.masked_vector import shared_noise_encoding
 from custom.model_file import ModelFile, load_model
 from custom.pictures import grids
-from custom.private_training import release_mean_image, train_private_round
+from custom.private_training import release_mean_image, shared_gradient, shared_mean_image, train_private_round
+from custom.server_step import stepped
 from custom.site_file import HardwareConfig, load_site
 from custom.training import held_out_loss, train_round
 from custom.warm_up import warmed_up
@@ -74,6 +80,7 @@ class Row:
         train: whether there are rounds at all.
         rate: factor on the job's sampling rate.
         speed: factor on the job's learning rate.
+        shared: whether the sites share one noise; then each step is a round.
         changes: to the job's privacy block, as JSON.
     """
 
@@ -83,6 +90,7 @@ class Row:
     train: bool = True
     rate: float = 1.0
     speed: float = 1.0
+    shared: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,11 +114,17 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
         Row(name="norms, attention, output only", changes={"trained": ["*attn*", "*norm*", "out.*"]}),
         Row(name="pretrained, an eighth of the learning rate", pretrained=True, speed=0.125),
     ),
+    "shared": tuple(
+        Row(name=f"ε = {epsilon:g}, {whose}", epsilon=epsilon, shared=shared)
+        for epsilon in (1.0, 8.0)
+        for shared, whose in ((False, "own noise"), (True, "one noise for all sites"))
+    ),
     "scans": (
         Row(name="pretrained, no steps", pretrained=True, train=False, changes=FEW),
         Row(name="ε = 8, all layers", pretrained=True, changes=FEW),
         Row(name="ε = 8, norms and output", pretrained=True, changes=FEW_LAYERS),
         Row(name="ε = 50, norms and output", epsilon=50.0, pretrained=True, changes=FEW_LAYERS),
+        Row(name="ε = 8, all layers, one noise for all sites", pretrained=True, shared=True, changes=FEW),
         Row(name="ε = ∞, all layers", epsilon=None, pretrained=True, changes=FEW),
     ),
 }
@@ -132,7 +146,46 @@ def experiment_of(row: Row) -> ExperimentConfig:
         plain["steps_per_round"] = round(training["steps_per_round"] * images / plain["batch_size"])
         return ExperimentConfig.from_json({**job, "training": plain, "privacy": None})
     privacy["target_epsilon"] = row.epsilon
+    if row.shared:
+        privacy["dp"] = "central_secagg"
+        job["secure_aggregation"] = {"min_survivors": 3, "colluding_sites": 1}
+        job["federation"]["rounds"] *= training["steps_per_round"]
+        training["steps_per_round"] = 1
     return ExperimentConfig.from_json({**job, "privacy": privacy})
+
+
+def federate_sums(config: ExperimentConfig, cohorts: list[Cohort], start: Weights) -> Weights:
+    """A whole run in which the sites' sums share one noise, and the server makes the steps."""
+    plan, sites = privacy_plan(config), len(cohorts)
+    assert plan is not None
+    assert config.privacy is not None
+
+    def mean(task: str, integers: list[NDArray[np.int64]]) -> Mapping[str, NDArray[np.float64]]:
+        schema = shared_noise_encoding(config, task)
+        assert schema is not None
+        return schema.decode(np.sum([schema.encode(one) for one in integers], axis=0, dtype=np.uint32))[0]
+
+    if config.privacy.mean_image is not None:
+        asked = config.privacy.mean_image
+        shares = [shared_mean_image(cohort, asked, plan, sites=sites) for cohort in cohorts]
+        image = torch.from_numpy(mean(tasks.RELEASE, shares)[MEAN_IMAGE]).float()
+        start = warmed_up(start, image, config, CPU)
+    model = ModelFile(experiment=config, rounds_done=0, weights=dict(start), ema=dict(start))
+    for _ in range(config.federation.rounds):
+        shares = [
+            shared_gradient(
+                cohort=cohort,
+                weights=model.weights,
+                config=config,
+                plan=plan,
+                device=CPU,
+                patients_in_memory=32,
+                sites=sites,
+            )
+            for cohort in cohorts
+        ]
+        model = stepped(model, {name: g.astype(np.float32) for name, g in mean(tasks.TRAIN, shares).items()})
+    return model.ema
 
 
 def federate(config: ExperimentConfig, cohorts: list[Cohort], start: Weights, *, train: bool) -> Weights:
@@ -211,7 +264,8 @@ def compute(row: Row, cohorts: list[Cohort], public: Weights, folder: Path) -> N
     plan = privacy_plan(config)
     fresh = build_network(config.network, spatial_dims=2, seed=config.seed).state_dict()
     start = time.monotonic()
-    weights = federate(config, cohorts, public if row.pretrained else fresh, train=row.train)
+    first = public if row.pretrained else fresh
+    weights = federate_sums(config, cohorts, first) if row.shared else federate(config, cohorts, first, train=row.train)
     seconds = time.monotonic() - start
     figures, samples = measured(config, cohorts, weights)
     np.save(folder / f"{row.name}.npy", samples[:32])

@@ -1,4 +1,4 @@
-"""Sites that misbehave, for the simulator: what a broken or compromised site could send past its own gates.
+"""Sites that misbehave: what a broken or compromised site could send past its own gates.
 
 And a filter that looks at what an honest one sends.
 """
@@ -13,13 +13,17 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import torch
 from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
+from nvflare.apis.executor import Executor
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
+from custom import tasks
+from custom.codec import read_task, update_reply
 from custom.executors.diffusion_trainer import DiffusionTrainer
 
 
@@ -42,6 +46,33 @@ class Recorder(Filter):
         return shareable
 
 
+class Careless(Executor):
+    """Answers ``train`` with a well-formed update and no mask, and asks no policy.
+
+    The update is a constant, one hundredth of the number at the end of the site's name.
+    """
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Do as the job says."""
+        if task_name != tasks.TRAIN:
+            return make_reply(ReturnCode.TASK_UNKNOWN)
+        arrays, _, _ = read_task(shareable)
+        value = int(fl_ctx.get_identity_name().split("-")[-1]) / 100
+        difference = {name: torch.full(array.shape, value) for name, array in arrays.items()}
+        metrics = {"train_loss": 1.0, "held_out_loss": 1.0, "seconds": 1.0}
+        return update_reply(difference, weight=1.0, metrics=metrics)
+
+
+def kill_site() -> None:
+    """Kill the provisioned site whose job this process does, itself last; its watchdog lives and starts it again."""
+    parent = os.getppid()
+    command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    if b"nvflare.private.fed.app.client.client_train" not in command:
+        raise RuntimeError(f"parent = {command}: not a provisioned site's")
+    for process in (parent, os.getpid()):
+        os.kill(process, signal.SIGKILL)
+
+
 class FaultySite(DiffusionTrainer):
     """Behaves as the site's name says; ``good-…`` is honest.
 
@@ -49,18 +80,22 @@ class FaultySite(DiffusionTrainer):
         error_round: the round (from 0) in which ``error-…`` answers with an error, and ``late-…`` is killed after its
             work is done and before the reply leaves; they are honest in others.
         asked: a file; the first ``shy-…`` of a run that is asked to open an encrypted sum writes it and errs.
+        fell: name of a provisioned site all of whose processes are killed when it is first asked to train.
     """
 
-    def __init__(self, error_round: int = 0, asked: str = "") -> None:
+    def __init__(self, error_round: int = 0, asked: str = "", fell: str = "") -> None:
         super().__init__()
         self._error_round = error_round
         self._asked = Path(asked)
+        self._fell = fell
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do the task, then spoil the reply."""
         fault = fl_ctx.get_identity_name().split("-")[0]
         its_round = task_name == "train" and from_shareable(shareable).meta["task"]["round_number"] == self._error_round
         if task_name == "train":
+            if fl_ctx.get_identity_name() == self._fell:
+                kill_site()
             if fault == "silent":
                 while not abort_signal.triggered:
                     time.sleep(0.2)

@@ -47,12 +47,14 @@ def write_job(
     sites: list[str],
     *,
     faulty: Mapping[str, Any] | None = None,
+    executor: str = "FaultySite",
     recorded: Path | None = None,
     resume_run: str = "",
 ) -> Path:
     """The repository's job for such an experiment, with that experiment and other sites.
 
     ``faulty`` swaps the executor and, unless encrypted, drops the gate; ``recorded`` adds a filter behind all others.
+    ``executor`` is the class in :mod:`faulty_sites` that ``faulty`` gives arguments to.
     """
     name = "ct_ddpm" if experiment.privacy is None else "ct_ddpm_dp"
     source = REPOSITORY / "jobs" / (name if experiment.secure_aggregation is None else "ct_ddpm_secagg")
@@ -68,7 +70,7 @@ def write_job(
         for entry in (*client["executors"], *client["task_result_filters"]):
             entry["tasks"].append("release")
     if faulty is not None:
-        client["executors"][0]["executor"] = {"path": "faulty_sites.FaultySite", "args": dict(faulty)}
+        client["executors"][0]["executor"] = {"path": f"faulty_sites.{executor}", "args": dict(faulty)}
         if experiment.encryption is None:
             client["task_result_filters"] = []
     if recorded is not None:
