@@ -9,6 +9,7 @@ failure, takes two more tasks before its work.
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -107,6 +108,7 @@ class SecureFedAvg(DiffusionFedAvg):
         self._next: _Sum | None = None
         self._refused: dict[str, str] = {}  # in the running sum, with why
         self._lost: set[str] = set()  # in the running sum, silent or with an error
+        self._lock = threading.Lock()
 
     def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:
         there, remedy = experiment.secure_aggregation is not None, "missing; give the block, or name DiffusionFedAvg"
@@ -177,7 +179,8 @@ class SecureFedAvg(DiffusionFedAvg):
             return self._taken(reply, lambda site: server.add_masked(site, (reply.params or {}).get(MASKED)))
 
         self._sent(session.task, data, shared, experiment.federation.round_timeout_s, masked)
-        survivors = server.close()
+        with self._lock:
+            survivors = server.close()
         least, count = experiment.federation.min_responses, len(survivors.survived)
         if count < least:
             remedy = f"federation.min_responses = {least}; nothing is decoded"
@@ -284,7 +287,8 @@ class SecureFedAvg(DiffusionFedAvg):
         """Take a site's reply, or refuse it by the site's name."""
         site = reply.meta["client_name"]
         try:
-            take(site)
+            with self._lock:  # NVFlare calls from several threads
+                take(site)
         except (SecAggError, ConfigError) as error:
             self._refused[site] = str(error)
             self.info(f"refused the reply of {site}: {error}")

@@ -117,8 +117,9 @@ class Server:
         """Stage 2: a masked vector, added to the sum.
 
         Raises:
-            ProtocolViolation: a second one, one of a site that did not share, or of another size or ring.
+            ProtocolViolation: a second one, one of a site that did not share, of another size or ring, or too late.
         """
+        _check(not self.survivors.survived, f"vector of {party}", "after the end", "the survivors are named; drop it")
         _check(party in self._boxes and party not in self._survived, "vector", f"of {party}", "one of each that shared")
         right = isinstance(vector, np.ndarray) and (vector.shape, vector.dtype) == (self.total.shape, self.total.dtype)
         _check(right, f"vector of {party}", type(vector).__name__, "the session's size and ring")

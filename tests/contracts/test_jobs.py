@@ -113,6 +113,12 @@ def test_encrypted_job_is_the_main_job_but_for_its_encryption() -> None:
     assert replace(encrypted, name=plain.name, encryption=None) == plain
 
 
+def test_masked_job_is_the_main_job_but_for_its_masks() -> None:
+    plain, masked = (ExperimentConfig.of_job(REPOSITORY / "jobs" / name) for name in ("ct_ddpm", "ct_ddpm_secagg"))
+    assert masked.secure_aggregation is not None
+    assert replace(masked, name=plain.name, secure_aggregation=None) == plain
+
+
 def test_the_binding_test_can_fail() -> None:
     with pytest.raises(TypeError):
         bind("custom.controllers.diffusion_fedavg.DiffusionFedAvg", {"resume": ""})

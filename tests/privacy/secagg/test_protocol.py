@@ -338,6 +338,8 @@ def test_another_site_s_or_a_damaged_state_is_refused() -> None:
 def test_the_server_refuses_what_a_site_may_not_send() -> None:
     federation = Federation(until="revealed")
     server, clients = federation.server, federation.clients
+    received = Federation(until="masked").server
+    received.add_masked("site-01", received.total.copy())
     fresh = Server(session=SESSION, rules=RULES, root=authority().root)
     advert = client("site-01", names(3), rules=RULES).advert
     fresh.add_advert("site-01", advert)
@@ -348,8 +350,8 @@ def test_the_server_refuses_what_a_site_may_not_send() -> None:
         (lambda: fresh.add_advert("site-02", replace(advert, party="site-02")), "not signed"),
         (lambda: server.add_boxes("site-01", ()), "a second one"),
         (lambda: server.add_boxes("site-99", ()), "one for each peer"),
-        (lambda: server.add_masked("site-01", server.total), "one of each"),
-        (lambda: server.add_masked("site-99", server.total), "one of each"),
+        (lambda: received.add_masked("site-01", received.total), "one of each"),
+        (lambda: received.add_masked("site-99", received.total), "one of each"),
         (lambda: server.add_signature("site-01", Signed(party="site-01", signature=b"")), "a second one"),
         (lambda: server.add_signature("site-99", Signed(party="site-99", signature=b"")), "only survivors"),
         (lambda: server.add_revealed("site-01", revealed["site-01"][1:]), "one for each"),
@@ -379,6 +381,17 @@ def test_a_false_share_is_noticed_and_nothing_is_decoded(gone: tuple[str, ...]) 
         server.add_revealed(party, shares)
     with pytest.raises(SecAggError, match=r"site-03"):
         server.unmask()
+
+
+def test_a_vector_that_comes_after_the_survivors_were_named_is_not_added() -> None:
+    """It would be in the sum, and its masks would stay."""
+    federation = Federation(until="masked")
+    for party in federation.parties[:2]:
+        one = federation.clients[party]
+        federation.server.add_masked(party, one.mask(one.masks(), adding(federation.vectors[party])))
+    federation.server.close()
+    with pytest.raises(ProtocolViolation, match="after the end"):
+        federation.server.add_masked("site-03", federation.vectors["site-03"])
 
 
 def test_a_vector_of_another_ring_is_not_added() -> None:
