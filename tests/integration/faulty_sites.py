@@ -55,7 +55,7 @@ class Careless(Executor):
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do as the job says."""
         if task_name != tasks.TRAIN:
-            return make_reply(ReturnCode.TASK_UNKNOWN)
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         arrays, _, _ = read_task(shareable)
         value = int(fl_ctx.get_identity_name().split("-")[-1]) / 100
         difference = {name: torch.full(array.shape, value) for name, array in arrays.items()}
