@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Literal
 
 from cryptography import x509
@@ -83,17 +84,7 @@ class Identity:
     certificate: bytes
     root: Root
 
-    _private: rsa.RSAPrivateKey = field(init=False, repr=False, compare=False)  # loading it anew takes a while
-
     def __post_init__(self) -> None:
-        try:
-            key = serialization.load_pem_private_key(self.key, password=None)
-            if not isinstance(key, rsa.RSAPrivateKey):
-                raise TypeError("no RSA key")
-        except (ValueError, TypeError) as error:
-            remedy = "give the RSA key of the provisioned kit, without a passphrase"
-            raise ProtocolViolation(argument="key", value=type(error).__name__, remedy=remedy) from error
-        object.__setattr__(self, "_private", key)
         content = b"belongs together"
         self.root.verify(
             party=self.party,
@@ -104,8 +95,25 @@ class Identity:
         )
 
     def sign(self, purpose: Purpose, content: bytes) -> bytes:
-        """RSA-PSS with SHA-256 over the tagged content."""
-        return self._private.sign(_tagged(purpose, content), _PADDING, hashes.SHA256())
+        """RSA-PSS with SHA-256 over the tagged content.
+
+        Raises:
+            ProtocolViolation: the key cannot be read.
+        """
+        return _private_key(self.key).sign(_tagged(purpose, content), _PADDING, hashes.SHA256())
+
+
+@lru_cache(maxsize=128)
+def _private_key(pem: bytes) -> rsa.RSAPrivateKey:
+    """The key in a PEM; checking one takes longer than a signature."""
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise TypeError("no RSA key")
+    except (ValueError, TypeError) as error:
+        remedy = "give the RSA key of the provisioned kit, without a passphrase"
+        raise ProtocolViolation(argument="key", value=type(error).__name__, remedy=remedy) from error
+    return key
 
 
 def _tagged(purpose: Purpose, content: bytes) -> bytes:
