@@ -56,7 +56,8 @@ def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -
     asked = experiment.secure_aggregation
     assert asked is not None  # noqa: S101 - whoever calls this runs a job that has the block
     shapes, metrics = _content(experiment, task)
-    blocks = [Block(name=name, shape=shape, bound=asked.update_bound) for name, shape in sorted(shapes.items())]
+    bound = _mean_image_bound(experiment) if task == tasks.RELEASE else asked.update_bound
+    blocks = [Block(name=name, shape=shape, bound=bound) for name, shape in sorted(shapes.items())]
     for name in sorted(metrics):
         blocks.append(Block(name=_METRIC.format(name), shape=(), bound=METRIC_BOUNDS[name]))
         blocks.append(Block(name=_PRESENT.format(name), shape=(), bound=1.0))
@@ -100,6 +101,15 @@ def split_means(means: Mapping[str, NDArray[np.float64]]) -> tuple[dict[str, NDA
         elif name not in present:
             arrays[name] = mean.astype(np.float32)
     return arrays, metrics
+
+
+def _mean_image_bound(experiment: ExperimentConfig) -> float:
+    """Public bound on a pixel of a site's noisy mean image: air is 0 and the window's top 2, summed over the site's
+    patients and divided by the announced number of them; up to twice as many as announced, and ten σ of noise."""
+    privacy = experiment.privacy
+    assert privacy is not None  # noqa: S101 - there is no such release otherwise
+    assert privacy.mean_image is not None  # noqa: S101
+    return 4.0 + 10 * privacy.mean_image.noise_multiplier * privacy.mean_image.clip_norm / privacy.patients
 
 
 def _content(experiment: ExperimentConfig, task: str) -> tuple[Shapes, frozenset[str]]:

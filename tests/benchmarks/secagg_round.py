@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "integration")]
+sys.path[:0] = [str(REPOSITORY / folder) for folder in ("", "tests", "tests/integration")]
 
 from simulator import simulate  # noqa: E402
 

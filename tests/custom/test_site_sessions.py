@@ -14,7 +14,7 @@ from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
 from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.networks import build_network, parameter_shapes
-from custom.egress import EVALUATION_METRICS, UPDATE_METRICS
+from custom.egress import EVALUATION_METRICS, MEAN_IMAGE, UPDATE_METRICS
 from custom.job_plan import privacy_plan
 from custom.masked_vector import session_encoding, shared_noise_encoding, split_means
 from custom.private_training import shared_gradient, shared_mean_image
@@ -189,6 +189,18 @@ def test_without_kit_or_peers_a_site_takes_no_part(masked: ExperimentConfig, kit
         SiteSessions.of_run(site(tmp_path, kits, "site-2", floor), "site-1", masked, RUN)  # another site's kit
     with pytest.raises(ConfigError, match="run_id"):
         SiteSessions.of_run(site(tmp_path, kits, "site-1", floor), "site-1", masked, "../..")
+
+
+def test_a_mean_image_with_each_site_s_own_noise_is_not_clipped_by_the_updates_bound(
+    private_experiment: ExperimentConfig, kits: Path, tmp_path: Path
+) -> None:
+    private = replace(private_experiment, secure_aggregation=SecureAggregationConfig(update_bound=0.01))
+    total = Sum(tmp_path, kits, private, session(private, tasks.RELEASE))
+    rng = np.random.default_rng(0)
+    images = {name: rng.uniform(-0.5, 2.5, private.image_shape).astype(np.float32) for name in SITES}
+    vectors = {name: total.maskings[name].values({MEAN_IMAGE: images[name]}, {}, 1.0) for name in SITES}
+    arrays, _ = split_means(total.finished(vectors))
+    np.testing.assert_allclose(arrays[MEAN_IMAGE], np.mean(list(images.values()), axis=0), atol=1e-5)
 
 
 # ---- one noise for all sites
