@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv demo test test-all check bench bench-dp clean
+.PHONY: help venv demo test test-all check bench bench-dp bench-secagg clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ check: $(BIN)/.installed-test ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## lint, types and the tests (20 minutes on 2 cores)
+test: check ## lint, types and the tests (under half an hour on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: check ## the same with the tests that take minutes each
@@ -44,6 +44,10 @@ bench: venv ## training benchmark: throughput against bare loops, NVFlare's over
 
 bench-dp: $(BIN)/.installed-test ## cost of differential privacy in time and memory, against plain training and Opacus
 	$(BIN)/python tests/benchmarks/dp.py
+
+bench-secagg: $(BIN)/.installed-test ## secure aggregation beside Flower's and CKKS, and what it adds to a round
+	$(BIN)/python tests/benchmarks/secagg.py
+	$(BIN)/python tests/benchmarks/secagg_round.py
 
 clean: ## remove what can be made again; runs/ and sites/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
