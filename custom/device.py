@@ -41,9 +41,12 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def fast_cipher() -> CipherName:
-    """The stream cipher that this machine makes masks with: AES where the processor has it, else ChaCha20."""
-    processor = Path("/proc/cpuinfo")
+def fast_cipher(processor: Path = Path("/proc/cpuinfo")) -> CipherName:
+    """The stream cipher that this machine makes masks with: AES where the processor has it, else ChaCha20.
+
+    Args:
+        processor: what Linux says of it.
+    """
     if not processor.is_file():  # not Linux: current processors have it
         return "aes"
     flags = (line for line in processor.read_text(encoding="utf-8").splitlines() if line[:5] in ("flags", "Featu"))
