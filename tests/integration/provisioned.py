@@ -63,12 +63,6 @@ class Federation:
         answer: dict[str, Any] = json.loads(said)
         return str(answer["data"]["job_id"])
 
-    def wait(self, job_id: str, *, timeout: int) -> dict[str, Any]:
-        """Wait until NVFlare says that a job is over; gives what it says of it, whatever that is."""
-        command = ["--format", "json", "job", "wait", job_id, "--timeout", str(timeout), "--interval", "1"]
-        answer: dict[str, Any] = json.loads(nvflare(self.base, *command, timeout=timeout + 60, check=False))
-        return answer
-
     def receipt(self, experiment: str, *, timeout: int) -> Path:
         """Wait for the receipt of a run, which is the last that it writes; gives the run's folder."""
         end = time.monotonic() + timeout
@@ -109,7 +103,7 @@ def federation(base: Path, policies: Mapping[str, str]) -> Iterator[Federation]:
         yield running
     finally:
         try:
-            nvflare(base, "poc", "stop", check=False)
+            _stop(base)
         finally:
             _kill_rest(base)
 
@@ -133,6 +127,15 @@ def nvflare(base: Path, *arguments: str, timeout: int = 180, check: bool = True)
     if check and done.returncode:
         raise RuntimeError(f"nvflare {' '.join(arguments)}: {done.returncode}\n{output}\n{errors.read_text()[-3000:]}")
     return output
+
+
+def _stop(base: Path) -> None:
+    """Let NVFlare stop its nodes. It gives up where a job ends between its look and its order to abort it."""
+    try:
+        nvflare(base, "poc", "stop")
+    except RuntimeError:
+        time.sleep(1)
+        nvflare(base, "poc", "stop", check=False)
 
 
 def _environment(base: Path) -> dict[str, str]:
@@ -193,10 +196,15 @@ def _configure_site(running: Federation, name: str, policy: str, data: str) -> N
 
 
 def _resources(local: Path, changes: Mapping[str, Any]) -> None:
-    """The node's ``resources.json``: what provisioning wrote as its default, with changes."""
-    resources = json.loads((local / "resources.json.default").read_text())
+    """The node's ``resources.json`` with changes.
+
+    ``poc prepare`` writes the server's, with a store of jobs of its own; the default's is one for all federations of a
+    machine. Sites have only a default.
+    """
+    file = local / "resources.json"
+    resources = json.loads((file if file.is_file() else local / "resources.json.default").read_text())
     assert resources["format_version"] == 2
-    (local / "resources.json").write_text(json.dumps(resources | dict(changes), indent=2))
+    file.write_text(json.dumps(resources | dict(changes), indent=2))
 
 
 def _kill_rest(base: Path) -> None:

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from simulator import simulate, write_job
 
 from custom.config import ExperimentConfig
+from custom.diffusion.networks import build_network
+from custom.model_file import load_model
 from custom.run_folder import check_receipt
 from custom.secure_config import SecureAggregationConfig
 
@@ -69,3 +71,6 @@ def test_a_site_s_scope_stops_what_no_executor_asked_about(
     assert receipt["refused"] == {"0": {"site-1": "answered TASK_RESULT_FILTER_ERROR"}}
     assert "PolicyRefused" in running.log("site-1")
     assert "PolicyRefused" not in running.log(SERVER)
+    start = build_network(experiment.network, spatial_dims=2, seed=experiment.seed).state_dict()
+    for name, weights in load_model(folder / "model.safetensors").weights.items():
+        np.testing.assert_allclose(weights - start[name], 0.02, atol=1e-6, rtol=0)  # of the lenient site alone
