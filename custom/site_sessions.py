@@ -1,8 +1,10 @@
 """A site's part in secure aggregation, on its own disk, so that it outlives the processes that do its tasks.
 
 ``<home>/secagg/<run>/<task>-<round>-<nonce>.json`` holds a session's state, secrets included, from its first stage to
-its last; of a finished or refused one only that it was. A session that this site has once unmasked is not repeated
-under another name: the difference of two sums over different sites would show one of them.
+its last; of a finished or refused one only that it was. The difference of two sums of one round over different sites
+would show one of them. So a sum that this site has helped to unmask is not repeated under another nonce, and opening a
+session ends every other but the running one. One process at a time does a stage: two vectors under one mask would show
+their difference.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from custom.device import fast_cipher
 from custom.masked_vector import session_encoding, values_of
 from custom.site_file import SiteConfig
 from custom.strict import require
+from medical_data.cache import locked
 from privacy.secagg.client import Client, Stage
 from privacy.secagg.encoding import Encoding, IntegerEncoding, Vector
 from privacy.secagg.errors import EncodingRefused, ProtocolViolation
@@ -31,7 +34,7 @@ from privacy.secagg.identity import Identity, Root
 from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
 from privacy.secagg.rules import Floor
 
-FOLDER = "secagg"
+FOLDER, LOCK_FILE = "secagg", ".lock"
 ROOT_FILE, KEY_FILE, CERTIFICATE_FILE = "rootCA.pem", "client.key", "client.crt"  # NVFlare's names in a kit
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
@@ -88,19 +91,32 @@ class SiteSessions:
         )
         return cls(identity, floor, experiment, site.home / FOLDER / run_id, run_id)
 
-    def open(self, session: Session) -> Advert:
-        """Make one-use keys for a session and say which.
+    def open(self, session: Session, *, running: Session | None = None) -> Advert:
+        """Make one-use keys for a session and say which. All other sessions end, but the running one.
+
+        Args:
+            session: to be opened.
+            running: whose last stages are still to come; ends, too, if it is another attempt at the same sum.
 
         Raises:
             ProtocolViolation: opened before, or its sum was unmasked under another nonce; or rules below the floor.
         """
         file = self._file(session)
+        with locked(self.folder / LOCK_FILE):
+            return self._opened(session, file, running)
+
+    def _opened(self, session: Session, file: Path, running: Session | None) -> Advert:
         if file.exists():
             raise ProtocolViolation(argument="session", value=session.nonce, remedy="opened before; use a fresh nonce")
-        for other in self.folder.glob(f"{session.task}-{session.round_number:04d}-*.json"):
-            if self._load(other).stage is Stage.DONE:
-                remedy = "summed before: a second sum over other sites would show one of them; start a new run"
-                raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
+        others = [self._load(other) for other in sorted(self.folder.glob("*.json"))]
+        if any(_same_sum(other.session, session) and other.stage is Stage.DONE for other in others):
+            remedy = "summed before: a second sum over other sites would show one of them; start a new run"
+            raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
+        for other in others:
+            kept = other.session == running and not _same_sum(other.session, session)
+            if other.stage not in (Stage.DONE, Stage.ABORTED) and not kept:
+                other.abort()
+                self._save(other)
         asked = self.experiment.secure_aggregation
         assert asked is not None  # noqa: S101 - the executor asks in such a job only
         client = Client(
@@ -144,11 +160,13 @@ class SiteSessions:
     @contextmanager
     def _kept(self, session: Session) -> Iterator[Client]:
         """One stage: the state read before, and written after it or its refusal, before anything leaves."""
-        client = self._load(self._file(session))
-        try:
-            yield client
-        finally:
-            self._save(client)
+        file = self._file(session)
+        with locked(self.folder / LOCK_FILE):
+            client = self._load(file)
+            try:
+                yield client
+            finally:
+                self._save(client)
 
     def _file(self, session: Session) -> Path:
         ours = (session.job, session.run) == (self.experiment.sha256, self.run_id)
@@ -165,8 +183,11 @@ class SiteSessions:
         return Client.load(content, identity=self.identity, floor=self.floor)
 
     def _save(self, client: Client) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self._file(client.session), client.dump())
+
+
+def _same_sum(one: Session, other: Session) -> bool:
+    return (one.task, one.round_number) == (other.task, other.round_number)
 
 
 @dataclass

@@ -266,7 +266,7 @@ def _stage(site: _Site, message: ToSite, header: TaskHeader) -> FromSite:
     if running is not None and site.name in (one.party for one in message.signatures or ()):
         revealed = sessions.reveal(running, message.signatures or ())
     if opening is not None and message.roster is None:
-        advert = sessions.open(opening)
+        advert = sessions.open(opening, running=running)
     elif opening is not None and message.roster is not None and site.name in message.roster.parties:
         boxes = sessions.share(opening, message.roster)
     return FromSite(signed=signed, revealed=revealed, advert=advert, boxes=boxes)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +143,55 @@ def test_a_session_is_opened_once_and_not_again_once_unmasked(
     total.finished({name: masking.values({}, {}, 1.0) for name, masking in total.maskings.items()})
     with pytest.raises(ProtocolViolation, match="summed before"):
         one.open(session(masked, tasks.EVALUATE, nonce="n4"))
+
+
+def test_two_attempts_at_one_sum_cannot_both_be_unmasked(masked: ExperimentConfig, kits: Path, tmp_path: Path) -> None:
+    """A server that opens a second session before the first is over gets one of them: their difference is a site's."""
+    first = Sum(tmp_path, kits, masked, session(masked, tasks.EVALUATE, nonce="n1"))
+    vectors = {name: masking.values({}, {}, 1.0) for name, masking in first.maskings.items()}
+    second = Sum(tmp_path, kits, masked, session(masked, tasks.EVALUATE, nonce="n2"))
+    with pytest.raises(ProtocolViolation, match="start a new session"):
+        first.finished(vectors)
+    second.finished({name: masking.values({}, {}, 1.0) for name, masking in second.maskings.items()})
+
+
+def test_opening_ends_every_session_but_the_running_one(masked: ExperimentConfig, kits: Path, tmp_path: Path) -> None:
+    """No secret of a session that failed stays on the disk."""
+    one = all_sessions(tmp_path, kits, masked)["site-1"]
+    failed, running = (replace(session(masked), round_number=number) for number in (0, 1))
+    one.open(failed)
+    one.open(running, running=failed)
+    one.open(replace(running, nonce="n2"), running=running)  # another attempt at the same sum ends it, too
+    one.open(replace(running, nonce="n3", round_number=2), running=replace(running, nonce="n2"))
+    stages = {file.stem: json.loads(file.read_text())["stage"] for file in one.folder.glob("*.json")}
+    assert stages == {
+        "train-0000-n1": "aborted",
+        "train-0001-n1": "aborted",
+        "train-0001-n2": "advertised",
+        "train-0002-n3": "advertised",
+    }
+
+
+def test_two_processes_at_once_mask_one_vector(masked: ExperimentConfig, kits: Path, tmp_path: Path) -> None:
+    """Whoever comes second finds the stage over; two vectors under one mask would show their difference."""
+    total = Sum(tmp_path, kits, masked, session(masked, tasks.EVALUATE))
+    masking = total.maskings["site-1"]
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(masks: Vector) -> None:
+        begun.set()
+        go.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(masking.sessions.masked, total.session, masking.masks.copy(), slow)
+        assert begun.wait(10)
+        second = pool.submit(masking.sessions.masked, total.session, masking.masks.copy(), lambda masks: masks)
+        time.sleep(0.3)
+        assert not second.done(), "it waits for the first"
+        go.set()
+        first.result(timeout=10)
+        with pytest.raises(ProtocolViolation, match="stage"):
+            second.result(timeout=10)
 
 
 def test_a_refused_stage_stays_refused_on_disk(masked: ExperimentConfig, kits: Path, tmp_path: Path) -> None:
