@@ -34,13 +34,15 @@ def shared_noise_encoding(experiment: ExperimentConfig, task: str) -> IntegerEnc
     What is decoded is a mean over the sites: of gradients, divided by qN, or of mean images, divided by N.
     """
     privacy, image = experiment.privacy, mean_image_shape(experiment)
-    if privacy is None or privacy.dp != "central_secagg" or task == tasks.EVALUATE:
+    if privacy is None or privacy.dp != "central_secagg":
         return None
-    if task == tasks.RELEASE and image is not None and privacy.mean_image is not None:
-        shapes, clip_norm, patients = image, privacy.mean_image.clip_norm, float(privacy.patients)
-    else:
+    if task == tasks.TRAIN:
         shapes, clip_norm = gradient_shapes(experiment), privacy.clip_norm
         patients = privacy.sampling_rate * privacy.patients
+    elif task == tasks.RELEASE and image is not None and privacy.mean_image is not None:
+        shapes, clip_norm, patients = image, privacy.mean_image.clip_norm, float(privacy.patients)
+    else:
+        return None
     return IntegerEncoding(shapes=tuple(shapes.items()), unit=clip_norm / GRID_UNITS_PER_CLIP_NORM / patients)
 
 
@@ -104,8 +106,11 @@ def split_means(means: Mapping[str, NDArray[np.float64]]) -> tuple[dict[str, NDA
 
 
 def _mean_image_bound(experiment: ExperimentConfig) -> float:
-    """Public bound on a pixel of a site's noisy mean image: air is 0 and the window's top 2, summed over the site's
-    patients and divided by the announced number of them; up to twice as many as announced, and ten σ of noise."""
+    """Public bound on a pixel of a site's noisy mean image.
+
+    Air is 0 and the window's top 2, summed over the site's patients and divided by the announced number of them: for up
+    to twice as many as announced, and ten σ of noise.
+    """
     privacy = experiment.privacy
     assert privacy is not None  # noqa: S101 - there is no such release otherwise
     assert privacy.mean_image is not None  # noqa: S101

@@ -30,7 +30,7 @@ from custom.codec import (
 from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import Average, BudgetSpent, DiffusionFedAvg, RoundVoid
 from custom.diffusion.networks import Shapes
-from custom.egress import BUDGET_SPENT, EgressRefused, check_arrays
+from custom.egress import BUDGET_SPENT, check_arrays
 from custom.masked_vector import session_encoding, shared_noise_encoding, split_means
 from custom.model_file import ModelFile
 from custom.server_step import stepped
@@ -131,16 +131,17 @@ class SecureFedAvg(DiffusionFedAvg):
                 if running is None or (running.task, running.round_number) != (task, header.round_number):
                     running = self._opened(task, header, asked, experiment)
                 average = self._summed(running, arrays, header, experiment)
-                if shared_noise_encoding(experiment, task) is None:
-                    check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
-                return average
-            except (SecAggError, EgressRefused) as error:
+            except SecAggError as error:
                 said = f"{task} in round {header.round_number + 1}: {error}; refused: {self._refused or 'none'}"
                 spent = any(BUDGET_SPENT in reason for reason in self._refused.values())
                 if spent or attempt == ATTEMPTS or len(set(asked) - self._lost) < 2:
                     raise (BudgetSpent if spent else RoundVoid)(f"{said}; see those sites' logs") from error
                 asked = [site for site in asked if site not in self._lost]
                 self.info(f"{said}; once more, with fresh keys")
+                continue
+            if shared_noise_encoding(experiment, task) is None:
+                check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
+            return average
         raise AssertionError  # the last attempt returned or raised
 
     def _moved(self, model: ModelFile, average: Average) -> ModelFile:

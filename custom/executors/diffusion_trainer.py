@@ -62,6 +62,7 @@ from custom.filters.encryption import require_encryption
 from custom.he_contexts import CLIENT_CONTEXT
 from custom.he_packing import opened, packed_name
 from custom.job_plan import privacy_plan
+from custom.masked_vector import shared_noise_encoding
 from custom.pictures import real_and_generated
 from custom.privacy_config import MeanImageConfig
 from custom.private_training import (
@@ -224,7 +225,7 @@ def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, mes
         remedy = "a task with work needs its own session and the peers' boxes"
         raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
     masking = site.sessions(header).masking(session, message.boxes)
-    if site.plan is not None and site.plan.config.shared_noise is not None and task != tasks.EVALUATE:
+    if site.plan is not None and shared_noise_encoding(site.experiment, task) is not None:
         return masked_reply(masking.integers(_share(site, site.plan, task, arrays, header, masking.sites)))
     reply = _work(site, task, arrays, header)
     if reply.get_return_code() != ReturnCode.OK:

@@ -63,7 +63,10 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     if dxo.data_kind != DataKind.WEIGHTS or dxo.meta or not isinstance(dxo.data, dict):
         raise EgressRefused(f"data kind {dxo.data_kind!r}: under secure aggregation nothing leaves without a mask")
     if MASKED not in dxo.data:
-        read_answer(dxo.data)
+        answer = read_answer(dxo.data)
+        for names in ([box.recipient for box in answer.boxes or ()], [share.peer for share in answer.revealed or ()]):
+            if len(set(names)) < len(names):
+                raise EgressRefused("message: more than one entry for a peer; remove them")
         return reply
     if set(dxo.data) != {MASKED}:
         raise EgressRefused(f"reply: {len(dxo.data) - 1} entries beside the masked vector; remove them")

@@ -198,17 +198,15 @@ class Encoding:
 class IntegerEncoding:
     """Integers that are summed as they are, such as rounded sums that carry noise; a 1 for each site comes last.
 
-    Whoever makes them keeps their sum within the ring: what lies beyond ±2^(b-1) wraps.
+    The ring has 32 bits. Whoever makes the integers keeps their sum within it: what lies beyond ±2³¹ wraps.
 
     Attributes:
         shapes: name and shape of each part, in order.
         unit: value of 1.
-        ring_bits: b.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     unit: float
-    ring_bits: RingBits = 32
 
     @property
     def size(self) -> int:
@@ -224,7 +222,7 @@ class IntegerEncoding:
         if integers.dtype != np.int64 or integers.shape != (self.size - 1,):
             found = (integers.dtype, integers.shape)
             raise EncodingRefused(argument="integers", value=found, remedy=f"give int64 [{self.size - 1}]")
-        return np.append(integers, 1).astype(np.dtype(f"uint{self.ring_bits}"))
+        return np.append(integers, 1).astype(np.uint32)
 
     def decode(self, total: Vector) -> tuple[dict[str, NDArray[np.float64]], float]:
         """The mean over the sites of each part, and how many they are.
@@ -232,16 +230,15 @@ class IntegerEncoding:
         Raises:
             EncodingRefused: another vector, or a count that is not positive.
         """
-        dtype = np.dtype(f"uint{self.ring_bits}")
-        if total.dtype != dtype or total.shape != (self.size,):
+        if total.dtype != np.uint32 or total.shape != (self.size,):
             raise EncodingRefused(argument="total", value=(total.dtype, total.shape), remedy="give the session's sum")
-        signed = total.view(f"int{self.ring_bits}")
+        signed = total.view(np.int32)
         sites = int(signed[-1])
         if sites <= 0:
             raise EncodingRefused(argument="sites", value=sites, remedy="a masked vector was not one; start anew")
         means, start = {}, 0
         for name, shape in self.shapes:
             stop = start + math.prod(shape)
-            means[name] = (signed[start:stop] * (self.unit / sites)).reshape(shape)
+            means[name] = (signed[start:stop].astype(np.float64) * (self.unit / sites)).reshape(shape)
             start = stop
         return means, float(sites)

@@ -57,7 +57,7 @@ def _streams(key: bytes, cipher: CipherName) -> tuple[Any, Any]:
     """What makes the first bytes of a key's stream, and what makes the rest.
 
     With twelve zero bytes as nonce, GCM encrypts in the same counter mode, from counter 2 on. OpenSSL makes that with
-    vector AES where the processor has it, in less than half the time of its plain counter mode. The tag is not used.
+    vector AES where the processor has it, and its plain counter mode does not. The tag is not used.
     """
     if cipher == "aes":
         algorithm = algorithms.AES256(key)

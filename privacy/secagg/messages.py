@@ -13,6 +13,9 @@ from privacy.secagg.rules import Rules
 from privacy.secagg.shamir import SHARE_BYTES
 
 KEY_BYTES = 32
+MOST_SIGNATURE_BYTES = 1024  # RSA of 8192 bits
+MOST_CERTIFICATE_BYTES = 16_384
+MOST_NAME_CHARACTERS = 255
 SEALED_BYTES = 2 * SHARE_BYTES + 16  # two shares and AES-GCM's tag
 
 
@@ -68,6 +71,9 @@ class Advert:
     def __post_init__(self) -> None:
         for name in ("mask_key", "share_key", "self_mask"):
             _require_bytes(getattr(self, name), KEY_BYTES, name)
+        _require_short(self.party, MOST_NAME_CHARACTERS, "party")
+        _require_short(self.certificate, MOST_CERTIFICATE_BYTES, "certificate")
+        _require_short(self.signature, MOST_SIGNATURE_BYTES, "signature")
 
     @property
     def canonical(self) -> bytes:
@@ -107,6 +113,8 @@ class Sealed:
 
     def __post_init__(self) -> None:
         _require_bytes(self.box, SEALED_BYTES, "box")
+        _require_short(self.sender, MOST_NAME_CHARACTERS, "sender")
+        _require_short(self.recipient, MOST_NAME_CHARACTERS, "recipient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,10 @@ class Signed:
     party: str
     signature: bytes
 
+    def __post_init__(self) -> None:
+        _require_short(self.party, MOST_NAME_CHARACTERS, "party")
+        _require_short(self.signature, MOST_SIGNATURE_BYTES, "signature")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Revealed:
@@ -149,6 +161,7 @@ class Revealed:
 
     def __post_init__(self) -> None:
         _require_bytes(self.share, SHARE_BYTES, "share")
+        _require_short(self.peer, MOST_NAME_CHARACTERS, "peer")
 
 
 def bound(session: Session, roster: Roster, rules: Rules, *, size: int, ring_bits: RingBits) -> bytes:
@@ -181,3 +194,8 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 def _require_bytes(value: object, length: int, argument: str) -> None:
     right = type(value) is bytes and len(value) == length
     require(right, argument=argument, value=type(value).__name__, remedy=f"give {length} bytes")
+
+
+def _require_short(value: str | bytes, most: int, argument: str) -> None:
+    remedy = f"give at most {most}: nothing else fits into a message"
+    require(len(value) <= most, argument=argument, value=f"length {len(value)}", remedy=remedy)

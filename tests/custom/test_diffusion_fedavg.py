@@ -9,11 +9,14 @@ import torch
 
 from custom.codec import TaskHeader, read_task, task_model
 from custom.config import ExperimentConfig
-from custom.controllers.diffusion_fedavg import drawn_sites, next_model, resumed
+from custom.controllers.diffusion_fedavg import DiffusionFedAvg, drawn_sites, next_model, resumed
+from custom.controllers.secure_fedavg import SecureFedAvg
 from custom.diffusion.networks import build_network
 from custom.executors.diffusion_trainer import _check_agreement
 from custom.model_file import ModelFile
 from custom.run_folder import RunFolder
+from custom.secure_config import SecureAggregationConfig
+from custom.site_file import ServerConfig
 from custom.strict import ConfigError
 
 
@@ -77,6 +80,38 @@ def test_a_site_refuses_another_configuration_or_schedule(experiment: Experiment
         _check_agreement(replace(right, config_sha256="0" * 64), experiment)
     with pytest.raises(ConfigError, match="schedule_sha256"):
         _check_agreement(replace(right, schedule_sha256="0" * 64), experiment)
+
+
+def test_a_controller_refuses_an_experiment_that_is_another_one_s(experiment: ExperimentConfig, tmp_path: Path) -> None:
+    masked = replace(experiment, secure_aggregation=SecureAggregationConfig())
+    server = ServerConfig(runs=tmp_path, kit=tmp_path)
+    with pytest.raises(ConfigError, match="SecureFedAvg"):
+        DiffusionFedAvg()._check(masked, server)
+    with pytest.raises(ConfigError, match="DiffusionFedAvg"):
+        SecureFedAvg()._check(experiment, server)
+    with pytest.raises(ConfigError, match=r"rootCA\.pem.*simulator-keys"):
+        SecureFedAvg()._check(masked, server)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"update_bound": 0.0}, "update_bound"),
+        ({"max_weight": -1.0}, "max_weight"),
+        ({"stage_timeout_s": 0}, "stage_timeout_s"),
+        ({"min_survivors": 1}, "min_survivors"),
+        ({"min_survivors": 2, "colluding_sites": 1}, "min_survivors"),
+        ({"colluding_sites": -1}, "colluding_sites"),
+        ({"ring_bits": 64}, "ring_bits"),
+        ({"treshold": 2}, "treshold"),
+    ],
+)
+def test_secure_aggregation_that_cannot_be_meant_is_refused_by_name(
+    experiment: ExperimentConfig, changes: dict[str, object], named: str
+) -> None:
+    values = experiment.to_json() | {"secure_aggregation": changes}
+    with pytest.raises(ConfigError, match=named):
+        ExperimentConfig.from_json(values)
 
 
 def test_a_task_arrives_as_it_was_sent_and_a_malformed_one_is_refused(experiment: ExperimentConfig) -> None:

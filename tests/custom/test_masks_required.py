@@ -26,7 +26,8 @@ from custom.secure_config import SecureAggregationConfig
 from custom.site_file import SITE_FILE_VARIABLE
 from custom.strict import ConfigError
 from privacy.policy import PolicyRefused
-from privacy.secagg.messages import Signed
+from privacy.secagg.messages import SEALED_BYTES, Revealed, Sealed, Signed
+from privacy.secagg.shamir import SHARE_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,13 @@ def test_nothing_passes_without_a_mask(masked: ExperimentConfig, experiment: Exp
     for reply, said in refused:
         with pytest.raises(EgressRefused, match=said):
             passed(reply, masked)
+    box, share = (
+        Sealed(sender="a", recipient="b", box=bytes(SEALED_BYTES)),
+        Revealed(peer="b", share=bytes(SHARE_BYTES)),
+    )
+    for answer in (FromSite(boxes=(box, box)), FromSite(revealed=(share, share))):
+        with pytest.raises(EgressRefused, match="more than one entry"):
+            passed(stage_reply(answer), masked)
     for data in ({"patients": [1]}, {"signed": {"party": "a"}}, {"signed": {"party": "a", "signature": "text"}}):
         with pytest.raises(ConfigError):
             passed(DXO(DataKind.WEIGHTS, data=data).to_shareable(), masked)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from policies import ALL_STATISTICS, policy_toml
 
-from custom.site_file import SITE_FILE_VARIABLE, load_site, server_config, site_config
+from custom.site_file import SITE_FILE_VARIABLE, load_site, server_config, simulated_kits, site_config
 from custom.strict import ConfigError
 from medical_data.cohort import EmbeddedSource, FolderSource
 
@@ -114,6 +114,20 @@ def test_what_cannot_be_meant_is_refused_by_name(workspace: Path, old: str, new:
     (workspace.parent / "local" / "fedct.toml").write_text(TEXT.replace(old, new, 1))
     with pytest.raises(ConfigError, match=named):
         site_config("a", workspace_root=workspace)
+
+
+def test_simulated_kits_are_named_or_nothing_is_made(tmp_path: Path, workspace: Path) -> None:
+    file = workspace.parent / "local" / "fedct.toml"
+    with pytest.raises(ConfigError, match=r"server\.kit"):
+        simulated_kits(workspace.parent)
+    file.write_text(TEXT.replace("[server]", '[server]\nkit = "kits/server"'))
+    with pytest.raises(ConfigError, match=r"sites\.b\.kit"):
+        simulated_kits(workspace.parent)
+    file.write_text(file.read_text().replace('home = "/somewhere/b"', 'home = "/somewhere/b"\nkit = "kits/b"'))
+    assert simulated_kits(workspace.parent) == (
+        tmp_path / "kits/server",
+        {"a": tmp_path / "kits/a", "b": tmp_path / "kits/b"},
+    )
 
 
 def test_server_table_is_needed_by_the_server(workspace: Path) -> None:

@@ -19,8 +19,8 @@ from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.networks import build_network, parameter_shapes
 from custom.egress import EVALUATION_METRICS, MEAN_IMAGE, UPDATE_METRICS
 from custom.job_plan import privacy_plan
-from custom.masked_vector import session_encoding, shared_noise_encoding, split_means
-from custom.private_training import shared_gradient, shared_mean_image
+from custom.masked_vector import gradient_shapes, session_encoding, shared_noise_encoding, split_means
+from custom.private_training import shared_gradient, shared_mean_image, trained_parameters
 from custom.secure_config import SecureAggregationConfig
 from custom.simulator_kits import make_kits
 from custom.site_file import HardwareConfig, SiteConfig
@@ -333,9 +333,23 @@ def test_shares_add_up_under_masks_to_the_mean_with_the_plan_s_noise(
 
 
 def test_figures_are_not_under_shared_noise(shared: ExperimentConfig, masked: ExperimentConfig) -> None:
+    assert shared.privacy is not None
     assert shared_noise_encoding(shared, tasks.EVALUATE) is None
     with pytest.raises(InvalidPlan, match="nothing is summed"):
         session_encoding(masked, "decrypt", parties=3)
+    for experiment in (shared, replace(shared, privacy=replace(shared.privacy, mean_image=None))):
+        for task in (tasks.DECRYPT, tasks.SECAGG) if experiment is shared else (tasks.RELEASE,):
+            with pytest.raises(InvalidPlan, match="nothing is summed"):
+                session_encoding(experiment, task, parties=3)
+
+
+def test_gradients_are_summed_in_the_order_of_the_parameters(shared: ExperimentConfig) -> None:
+    assert shared.privacy is not None
+    for patterns in (("*",), ("*norm*", "out.*")):
+        experiment = replace(shared, privacy=replace(shared.privacy, trained=patterns))
+        network = build_network(experiment.network, spatial_dims=2)
+        trained = {name: tuple(p.shape) for name, p in trained_parameters(network, patterns).items()}
+        assert list(gradient_shapes(experiment).items()) == list(trained.items())
 
 
 def test_a_policy_lets_masks_pass_on_its_own_terms_only(shared: ExperimentConfig) -> None:

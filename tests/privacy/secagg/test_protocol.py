@@ -15,7 +15,7 @@ from privacy.errors import InvalidPlan
 from privacy.secagg.client import Client, Stage
 from privacy.secagg.encoding import Block, Encoding, RingBits
 from privacy.secagg.errors import ProtocolViolation, SecAggError, TooFew
-from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Signed, Survivors, packed
+from privacy.secagg.messages import SEALED_BYTES, Advert, Revealed, Roster, Sealed, Signed, Survivors, packed
 from privacy.secagg.rules import Floor, Rules
 from privacy.secagg.server import Server
 from privacy.secagg.shamir import SHARE_BYTES
@@ -410,6 +410,24 @@ def test_messages_of_another_length_are_refused(field: str) -> None:
         Sealed(sender="a", recipient="b", box=b"")
     with pytest.raises(InvalidPlan, match="share"):
         Revealed(peer="a", share=b"")
+
+
+def test_nothing_long_fits_into_a_message() -> None:
+    """What leaves a site beside its vector is bounded: no text, no pixels."""
+    advert = Federation(until="boxes").first.advert
+    share, box = bytes(SHARE_BYTES), bytes(SEALED_BYTES)
+    for build in (
+        lambda: replace(advert, party="p" * 256),
+        lambda: replace(advert, certificate=bytes(16_385)),
+        lambda: replace(advert, signature=bytes(1025)),
+        lambda: Signed(party="a", signature=bytes(1025)),
+        lambda: Signed(party="p" * 256, signature=b""),
+        lambda: Revealed(peer="p" * 256, share=share),
+        lambda: Sealed(sender="p" * 256, recipient="b", box=box),
+        lambda: Sealed(sender="a", recipient="p" * 256, box=box),
+    ):
+        with pytest.raises(InvalidPlan, match="at most"):
+            build()
 
 
 def test_a_floor_names_the_peers() -> None:
