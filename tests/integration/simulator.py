@@ -41,6 +41,19 @@ class Run:
         return values
 
 
+def real_sites(shared_ct: Path, base: Path) -> dict[str, str]:
+    """Three sites with their ``data = …`` line, which share the real patients out among them."""
+    sites = {}
+    patients = sorted(p for p in shared_ct.iterdir() if p.name.startswith(("STS", "TCGA")))
+    for number in range(3):
+        folder = base / "scans" / f"site-{number + 1}"
+        folder.mkdir(parents=True)
+        for patient in patients[number::3]:
+            (folder / patient.name).symlink_to(patient)
+        sites[f"site-{number + 1}"] = f'data = {{ folder = "{folder}" }}'
+    return sites
+
+
 def write_job(
     base: Path,
     experiment: ExperimentConfig,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from policies import policy_toml
 from safetensors.numpy import load_file
-from simulator import Run, simulate
+from simulator import Run, real_sites, simulate
 
 from custom.config import ExperimentConfig, TrainingConfig
 from custom.job_plan import privacy_plan
@@ -187,6 +187,23 @@ def test_a_site_that_requires_masks_refuses_a_job_without(plain: ExperimentConfi
     assert "SITE_POLICY_SECURE_AGGREGATION_REQUIRED" in run.receipt["reason"]
     for site in SITES:
         assert all("DXO" not in reply for reply in left(run, site))
+
+
+def test_real_scans_under_masks(masked: ExperimentConfig, shared_ct: Path, tmp_path: Path) -> None:
+    """DICOM and NIfTI mixed, at sites that require masks."""
+    sites = real_sites(shared_ct, tmp_path)
+    short = replace(masked, name="real", federation=replace(masked.federation, rounds=1))
+    policy = policy_toml(peers=sites, masks_required=True)
+    run = simulate(tmp_path, short, sites, threads=3, recorded=tmp_path / "left", policy=policy)
+    receipt = check_receipt(run.folder)
+    assert receipt["participants"] == {"0": sorted(sites)}
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["sites"] == {}
+    assert 0.1 < metrics["mean"]["held_out_loss"] < 2
+    written = [*run.folder.rglob("*.json*"), *(run.base / "workspace" / "server").rglob("*.txt")]
+    for content in [*(file.read_bytes() for file in written), *(pickle.dumps(left(run, site)) for site in sites)]:
+        assert b"STS_" not in content
+        assert b"TCGA-" not in content
 
 
 # ---- with differential privacy: one noise over all sites

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from simulator import Run, simulate
+from simulator import Run, real_sites, simulate
 
 from custom.cli import main
 from custom.config import ExperimentConfig
@@ -136,14 +136,7 @@ def test_a_worker_killed_in_the_default_mode_is_no_success(experiment: Experimen
 
 def test_real_scans_train_through_the_same_job(experiment: ExperimentConfig, shared_ct: Path, tmp_path: Path) -> None:
     """DICOM and NIfTI mixed, patients split among three sites."""
-    sites = {}
-    patients = sorted(p for p in shared_ct.iterdir() if p.name.startswith(("STS", "TCGA")))
-    for number in range(3):
-        folder = tmp_path / "scans" / f"site-{number + 1}"
-        folder.mkdir(parents=True)
-        for patient in patients[number::3]:
-            (folder / patient.name).symlink_to(patient)
-        sites[f"site-{number + 1}"] = f'data = {{ folder = "{folder}" }}'
+    sites = real_sites(shared_ct, tmp_path)
     short = replace(experiment, name="real", federation=replace(experiment.federation, rounds=1))
     run = simulate(tmp_path, short, sites, threads=3)
     receipt = check_receipt(run.folder)
