@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,14 +24,15 @@ from custom.strict import ConfigError, build
 from privacy.secagg.encoding import Vector
 from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
 
-ENCRYPTOR = "nvflare.app_opt.he.model_encryptor.HEModelEncryptor"
+if TYPE_CHECKING:  # only an audit needs it, and every task imports this file
+    from custom.audit_counts import Agreement
 
-# In an evaluation task: the model's tensors and, beside them, uint8 images [N, 1, *spatial] under these names.
-SAMPLES = "samples"
-UNTRAINED_SAMPLES = "untrained_samples"
+ENCRYPTOR = "nvflare.app_opt.he.model_encryptor.HEModelEncryptor"
 
 # Under secure aggregation: the message of a task in its meta, and the masked vector in a reply.
 MESSAGE = "secagg"
+# In a task of an audit: what the sites have agreed on.
+AGREEMENT = "audit"
 MASKED = "masked"
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -92,13 +93,17 @@ class FromSite:
     revealed: tuple[Revealed, ...] | None = None
 
 
-def task_model(arrays: Arrays, header: TaskHeader, message: ToSite | None = None) -> FLModel:
-    """A task from the server: named arrays, a header, and what secure aggregation has to say."""
+def task_model(
+    arrays: Arrays, header: TaskHeader, message: ToSite | None = None, agreement: Agreement | None = None
+) -> FLModel:
+    """A task from the server: named arrays, a header, and what secure aggregation and an audit have to say."""
     return FLModel(
         params=dict(arrays),
         params_type=ParamsType.FULL,
         current_round=header.round_number,
-        meta={"task": asdict(header)} | ({} if message is None else {MESSAGE: asdict(message)}),
+        meta={"task": asdict(header)}
+        | ({} if message is None else {MESSAGE: asdict(message)})
+        | ({} if agreement is None else {AGREEMENT: asdict(agreement)}),
     )
 
 
@@ -109,6 +114,19 @@ def read_task(shareable: Shareable) -> tuple[Arrays, TaskHeader, ToSite]:
         raise ValueError(f"task data kind = {dxo.data_kind!r}: must be {DataKind.WEIGHTS}")
     message = build(ToSite, dxo.meta.get(MESSAGE, {}), MESSAGE)
     return dxo.data, build(TaskHeader, dxo.meta.get("task"), "task"), message
+
+
+def read_agreement(shareable: Shareable) -> Agreement:
+    """What the sites of an audit have agreed on so far; raises ``ConfigError`` if it is malformed."""
+    from custom.audit_counts import Agreement
+
+    return build(Agreement, from_shareable(shareable).meta.get(AGREEMENT, {}), AGREEMENT)
+
+
+def counts_reply(counts: Mapping[str, NDArray[np.int64]]) -> Shareable:
+    """A site's answer to a task of an audit."""
+    reply: Shareable = DXO(DataKind.WEIGHTS, data=dict(counts)).to_shareable()
+    return reply
 
 
 def content_of(reply: Shareable) -> tuple[dict[str, NDArray[Any]], dict[str, float], float]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from custom.audit_config import AuditConfig
 from custom.privacy_config import PrivacyConfig
 from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
@@ -281,6 +282,7 @@ class ExperimentConfig:
         start_from: name of a model in the server's folder of models (see :class:`custom.site_file.ServerConfig`) whose
             weights the run starts with, such as one that was trained on public data; None for fresh weights.
         encryption: ``ckks``: updates leave the sites encrypted and the server adds ciphertexts; None sends them plain.
+        audit: attack a finished model, whose preprocess, network and schedule are these; None trains one.
     """
 
     name: str
@@ -293,6 +295,7 @@ class ExperimentConfig:
     secure_aggregation: SecureAggregationConfig | None = None
     start_from: str | None = None
     encryption: Literal["ckks"] | None = None
+    audit: AuditConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -320,6 +323,8 @@ class ExperimentConfig:
             _require_private(self)
         if self.encryption is not None:
             _require_encryptable(self)
+        if self.audit is not None:
+            _require_auditable(self, self.audit)
         require(
             self.sampling.steps <= self.schedule.timesteps,
             argument="sampling.steps",
@@ -416,6 +421,15 @@ def _require_private(experiment: ExperimentConfig) -> None:
         bits = 32 if masks is None else masks.ring_bits
         require(bits == 32, argument="secure_aggregation.ring_bits", value=bits, remedy="give 32")
         require(steps == 1, argument="training.steps_per_round", value=steps, remedy="give 1: each step is a sum")
+
+
+def _require_auditable(experiment: ExperimentConfig, audit: AuditConfig) -> None:
+    """What an audit must say, and what it must not because nothing would come of it."""
+    named = audit.model is not None and NAME.fullmatch(audit.model) is not None
+    require(named, argument="audit.model", value=audit.model, remedy="name the experiment whose model is audited")
+    for name in ("privacy", "start_from", "encryption"):
+        value = getattr(experiment, name)
+        require(value is None, argument=name, value=value, remedy="leave it out of an audit: nothing is trained")
 
 
 def _require_encryptable(experiment: ExperimentConfig) -> None:

@@ -23,6 +23,7 @@ from privacy.policy import RULES
 WEIGHT = "weight"
 METRICS = "metrics"
 MEAN_IMAGE = "mean_image"  # the one array of the release before training
+AUDIT_COUNTS = "audit_counts"  # in a site's policy: the counts of a federated audit
 
 # Beside NVFlare's own codes, what a site says when it refuses for privacy's sake: no more than which rule.
 BUDGET_SPENT = "PRIVACY_BUDGET_SPENT"
@@ -30,6 +31,7 @@ SECAGG_REFUSED = "SECURE_AGGREGATION_REFUSED"
 POLICY_CODES = {rule: f"SITE_POLICY_{rule.upper().replace('.', '_')}" for rule in RULES}
 
 MOST_PATIENTS = 1_000_000  # no site has more; a larger weight would drown or overflow the others' sum
+MOST_COUNTED = 10_000_000  # images or patients in one cell of an audit's counts
 
 # Public bounds under secure aggregation: what lies beyond counts as much as the bound.
 METRIC_BOUNDS: Mapping[str, float] = {
@@ -59,6 +61,8 @@ def evaluation_metrics(config: ExperimentConfig) -> frozenset[str]:
 
 def statistics_that_leave(config: ExperimentConfig) -> frozenset[str]:
     """Everything that the job would send about a site's patients without noise; the site's policy must allow each."""
+    if config.audit is not None:
+        return frozenset({AUDIT_COUNTS})
     counted = {WEIGHT} if config.federation.weighting == "patients" else set()
     return update_metrics(config) | evaluation_metrics(config) | counted
 
@@ -148,6 +152,24 @@ def check_arrays(arrays: Mapping[str, Any], *, shapes: Shapes, max_norm: float) 
         square += float(np.square(array, dtype=np.float64).sum())
     if square > max_norm**2:
         raise EgressRefused(f"update norm {math.sqrt(square):.6g}: over federation.max_update_norm = {max_norm:g}")
+
+
+def check_counts(arrays: Mapping[str, Any], *, shapes: Shapes) -> None:
+    """Let the counts of an audit's task pass, or raise: integers under known names, and nothing beside them.
+
+    Raises:
+        EgressRefused: a missing, extra, misshapen or non-int64 array, or a count below 0 or beyond all bounds.
+    """
+    _refuse_unknown(set(arrays), set(shapes), "counts")
+    missing = set(shapes) - set(arrays)
+    if missing:
+        raise EgressRefused(f"counts {min(missing)!r} and {len(missing) - 1} more: missing")
+    for name, shape in shapes.items():
+        array = arrays[name]
+        if type(array) is not np.ndarray or array.dtype != np.int64 or array.shape != shape:
+            raise EgressRefused(f"counts {name!r}: must be an int64 array of shape {shape}")
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) <= MOST_COUNTED:
+            raise EgressRefused(f"counts {name!r}: must lie between 0 and {MOST_COUNTED}")
 
 
 def check_metrics(metrics: Any, *, allowed: frozenset[str]) -> None:

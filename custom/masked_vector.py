@@ -46,13 +46,24 @@ def shared_noise_encoding(experiment: ExperimentConfig, task: str) -> IntegerEnc
     return IntegerEncoding(shapes=tuple(shapes.items()), unit=clip_norm / GRID_UNITS_PER_CLIP_NORM / patients)
 
 
+def audit_encoding(experiment: ExperimentConfig, task: str) -> IntegerEncoding | None:
+    """The schema of an audit's counts, which are summed as they are; None outside an audit."""
+    if experiment.audit is None:
+        return None
+    from custom.audit_counts import AUDIT_TASKS, audit_shapes
+
+    if task not in AUDIT_TASKS:
+        return None
+    return IntegerEncoding(shapes=tuple(sorted(audit_shapes(experiment, task).items())), unit=1.0)
+
+
 def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -> Encoding | IntegerEncoding:
     """The schema of what the sites sum in a task, for a roster of so many sites.
 
     Raises:
         InvalidPlan: a task that sums nothing, or too many parties for the ring.
     """
-    integers = shared_noise_encoding(experiment, task)
+    integers = audit_encoding(experiment, task) or shared_noise_encoding(experiment, task)
     if integers is not None:
         return integers
     asked = experiment.secure_aggregation
@@ -75,6 +86,8 @@ def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -
 def vector_sizes(experiment: ExperimentConfig) -> frozenset[int]:
     """Coordinates of every vector that the experiment sums."""
     summed = [tasks.TRAIN, tasks.EVALUATE] + ([] if mean_image_shape(experiment) is None else [tasks.RELEASE])
+    if experiment.audit is not None:
+        summed = [tasks.AUDIT_RANGE, tasks.AUDIT_TUNE, tasks.AUDIT_REPORT, tasks.AUDIT_COPIES]
     return frozenset(session_encoding(experiment, task, parties=2).size for task in summed)
 
 

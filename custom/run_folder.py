@@ -10,6 +10,8 @@
     samples.png         its samples            | only if the run was completed
     metrics.json        its figures            |
     receipt.json        what happened         /  (or ``"status": "failed"`` and why)
+
+An audit leaves its report instead of a model: ``audit.json``, ``audit.html`` and ``audit.pdf``.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from custom.model_file import ModelFile
 
 KEPT_CHECKPOINTS = 3
+MODEL_FILE, AUDIT_FILE = "model.safetensors", "audit.json"  # what a receipt vouches for
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 
@@ -115,7 +118,7 @@ class RunFolder:
         return [by_round[number] for number in sorted(by_round)]
 
     def complete(self, metrics: dict[str, Any], *, ended_early: str | None = None) -> None:
-        """Write ``metrics.json`` and then the receipt, which vouches for the model file by its hash.
+        """Write ``metrics.json`` and then the receipt, which vouches for the model, or the audit, by its hash.
 
         Args:
             metrics: mean over sites, and by site.
@@ -130,7 +133,7 @@ class RunFolder:
 
     def _receipt(self, status: str, reason: str | None) -> None:
         experiment = ExperimentConfig.load(self.path / EXPERIMENT_FILE)
-        model = self.path / "model.safetensors"
+        product = self.path / (MODEL_FILE if experiment.audit is None else AUDIT_FILE)
         records = self.records()
         self._write_json(
             "receipt.json",
@@ -141,7 +144,8 @@ class RunFolder:
                 "run_id": self.run_id,
                 "experiment": experiment.name,
                 "config_sha256": experiment.sha256,
-                "model_sha256": file_sha256(model) if status == "completed" else None,
+                "product": product.name,
+                "product_sha256": file_sha256(product) if status == "completed" else None,
                 "rounds_asked": experiment.federation.rounds,
                 "rounds_done": len(records),
                 "participants": {str(record["round_number"]): sorted(record["accepted"]) for record in records},
@@ -166,13 +170,13 @@ class RunFailed(Exception):
 
 
 def check_receipt(path: Path) -> dict[str, Any]:
-    """The receipt of a completed run, held against the model that lies beside it.
+    """The receipt of a completed run, held against the model, or the audit, that lies beside it.
 
     Args:
         path: a run's folder.
 
     Raises:
-        RunFailed: no receipt (the run was killed), a failed run, or a model that is not the one of the receipt.
+        RunFailed: no receipt (the run was killed), a failed run, or a product that is not the one of the receipt.
     """
     try:
         receipt: dict[str, Any] = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
@@ -182,9 +186,10 @@ def check_receipt(path: Path) -> dict[str, Any]:
         raise RunFailed(f"{path}: the receipt is no JSON; repeat the run") from error
     if receipt.get("status") != "completed":
         raise RunFailed(f"{path}: {receipt.get('status')}: {receipt.get('reason')}")
-    model = path / "model.safetensors"
-    if not model.is_file() or file_sha256(model) != receipt["model_sha256"]:
-        raise RunFailed(f"{path}: model.safetensors is not the one of the receipt; do not use it")
+    name = receipt.get("product")
+    product = path / (name if name in (MODEL_FILE, AUDIT_FILE) else MODEL_FILE)
+    if not product.is_file() or file_sha256(product) != receipt.get("product_sha256"):
+        raise RunFailed(f"{path}: {product.name} is not the one of the receipt; do not use it")
     return receipt
 
 

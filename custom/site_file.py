@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from custom.strict import ConfigError, build, require
 from medical_data.cohort import DataLimits, EmbeddedSource, FolderSource
+from privacy.audit.policy import AuditPolicy
 from privacy.policy import PrivacyPolicy
 
 if sys.version_info >= (3, 11):
@@ -58,6 +59,7 @@ class SiteConfig:
         kit: folder with the site's key, its certificate and the federation's root; NVFlare's ``startup/`` by default.
         limits: what the site demands of its cohort.
         hardware: what it trains on.
+        audit: what it demands of an audit before a model that knows its patients is released.
     """
 
     home: Path
@@ -66,6 +68,7 @@ class SiteConfig:
     policy: PrivacyPolicy
     limits: DataLimits = field(default_factory=DataLimits)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    audit: AuditPolicy = field(default_factory=AuditPolicy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ def load_site(file: Path, name: str) -> SiteConfig:
 
 
 def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> SiteConfig:
-    known = {"home", "data", "policy", "kit", "limits", "hardware"}
+    known = {"home", "data", "policy", "kit", "limits", "hardware", "audit"}
     require(
         set(table) <= known,
         argument=name,
@@ -169,6 +172,7 @@ def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> 
         kit=base / table["kit"] if "kit" in table else startup,
         limits=build(DataLimits, table.get("limits", {}), f"{name}.limits"),
         hardware=build(HardwareConfig, table.get("hardware", {}), f"{name}.hardware"),
+        audit=build(AuditPolicy, table.get("audit", {}), f"{name}.audit"),
     )
 
 

@@ -167,10 +167,30 @@ class PrivacyPolicy:
         _at_least("min_patients", patients, self.min_patients, "add patients")
         if self.max_rounds is not None:
             _at_most("max_rounds", rounds, self.max_rounds, "ask for fewer rounds")
-        extra = sorted(set(leaves) - set(self.may_leave))
-        _demand(not extra, "may_leave", extra, f"only {sorted(self.may_leave)}", "turn the others off in the job")
+        self._check_leaves(leaves)
         if plan is not None:
             self._check_plan(plan, patients)
+
+    def check_audit(
+        self, *, patients: int, leaves: Collection[str], secure_aggregation: Rules | None = None
+    ) -> None:
+        """Let a federated audit pass before it scores a patient, or raise; nothing is trained in one.
+
+        Args:
+            patients: number of patients whom it would attack, exactly.
+            leaves: names of the statistics it would send, without noise.
+            secure_aggregation: the job's rules; None for one that sends without masks.
+
+        Raises:
+            PolicyRefused: as :meth:`check`.
+        """
+        self.check_masks(secure_aggregation)
+        _at_least("min_patients", patients, self.min_patients, "add patients")
+        self._check_leaves(leaves)
+
+    def _check_leaves(self, leaves: Collection[str]) -> None:
+        extra = sorted(set(leaves) - set(self.may_leave))
+        _demand(not extra, "may_leave", extra, f"only {sorted(self.may_leave)}", "turn the others off in the job")
 
     def check_masks(self, rules: Rules | None) -> None:
         """Let a job pass for its secure aggregation, or for its lack of it, or raise; part of :meth:`check`.

@@ -27,7 +27,7 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check and print."""
     from custom.config import EXPERIMENT_FILE
-    from custom.run_folder import RunFailed, check_receipt, newest_run
+    from custom.run_folder import AUDIT_FILE, RunFailed, check_receipt, newest_run
 
     named = Path(options.experiment)
     folder = named if named.is_dir() and (named / EXPERIMENT_FILE).is_file() else newest_run(options.runs, named.name)
@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     if marker is not None and (folder / EXPERIMENT_FILE).stat().st_mtime < marker.stat().st_mtime:
         raise RunFailed(f"{folder}: the newest run began before {marker} was written: this one left no folder")
     receipt = check_receipt(folder)
+    if receipt["product"] == AUDIT_FILE:
+        return _audit(folder)
     mean = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mean"]
     print(f"completed: {receipt['rounds_done']} of {receipt['rounds_asked']} rounds")
     if receipt["reason"] is not None:
@@ -50,4 +52,14 @@ def run(options: argparse.Namespace) -> int:
         ("model", "model.safetensors"),
     ):
         print(f"{what + ':':9}{folder / name}")
+    return 0
+
+
+def _audit(folder: Path) -> int:
+    from privacy.audit.report.document import load_audit
+
+    decision = load_audit(folder / "audit.json").decision
+    print(f"{decision.verdict}: {decision.sentence}")
+    for what, name in (("report", "audit.html"), ("to print", "audit.pdf"), ("evidence", "audit.json")):
+        print(f"{what + ':':10}{folder / name}")
     return 0

@@ -21,8 +21,6 @@ from torch import Tensor
 from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
 from custom.codec import (
-    SAMPLES,
-    UNTRAINED_SAMPLES,
     Arrays,
     TaskHeader,
     experiment_of,
@@ -283,7 +281,10 @@ class DiffusionFedAvg(FedAvg):
         first = images[: experiment.sampling.grid_images]
         _grid(first, folder.path / "samples.png", experiment, _after(model.rounds_done))
         untrained = self._sample(experiment, _initial_model(experiment), count)
-        arrays = to_numpy(model.ema) | {SAMPLES: grey_levels(images), UNTRAINED_SAMPLES: grey_levels(untrained)}
+        arrays = to_numpy(model.ema) | {
+            tasks.SAMPLES: grey_levels(images),
+            tasks.UNTRAINED_SAMPLES: grey_levels(untrained),
+        }
         header = _header(experiment, folder, experiment.federation.rounds)
         sites = sorted(folder.records()[-1]["accepted"])  # who was silent in the last round would cost a timeout again
         self.info(f"evaluation: asking {', '.join(sites)}")

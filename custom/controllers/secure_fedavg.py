@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +51,13 @@ class MaskedAverage:
     """What a session gave.
 
     Attributes:
-        arrays: mean of the survivors' arrays, float32, by name.
+        arrays: mean of the survivors' arrays by name, float32; in an audit the sums of their counts, int64.
         metrics: mean of their metrics.
         accepted: the survivors; what one of them reported is not known.
         refused: reason by site.
     """
 
-    arrays: dict[str, NDArray[np.float32]]
+    arrays: dict[str, NDArray[Any]]
     metrics: dict[str, float]
     accepted: dict[str, dict[str, float]]
     refused: dict[str, str]
@@ -139,10 +140,14 @@ class SecureFedAvg(DiffusionFedAvg):
                 asked = [site for site in asked if site not in self._lost]
                 self.info(f"{said}; once more, with fresh keys")
                 continue
-            if shared_noise_encoding(experiment, task) is None:
-                check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
+            self._check_average(average, task, shapes, experiment)
             return average
         raise AssertionError  # the last attempt returned or raised
+
+    def _check_average(self, average: MaskedAverage, task: str, shapes: Shapes, experiment: ExperimentConfig) -> None:
+        """Refuse a mean that no acceptable updates have; raises ``EgressRefused``."""
+        if shared_noise_encoding(experiment, task) is None:
+            check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
 
     def _moved(self, model: ModelFile, average: Average) -> ModelFile:
         if shared_noise_encoding(model.experiment, tasks.TRAIN) is not None:
@@ -174,7 +179,7 @@ class SecureFedAvg(DiffusionFedAvg):
         server, session = running.server, running.server.session
         boxes = server.boxes()
         shared = sorted({box.sender for box in boxes})
-        data = task_model(arrays, header, ToSite(session=session, boxes=boxes))
+        data = self._work_model(arrays, header, ToSite(session=session, boxes=boxes))
 
         def masked(reply: FLModel) -> bool:
             return self._taken(reply, lambda site: server.add_masked(site, (reply.params or {}).get(MASKED)))
@@ -216,17 +221,27 @@ class SecureFedAvg(DiffusionFedAvg):
         )
         parties = set() if following is None else set(following.roster.parties)
         self._stage(message, header, {*(one.party for one in signatures), *parties}, experiment, revealed)
-        means, _ = running.encoding.decode(server.unmask())
+        means, weight = running.encoding.decode(server.unmask())
         self._next = following
-        found, metrics = split_means(means)
+        found, metrics = self._split(means, weight)
         accepted: dict[str, dict[str, float]] = {site: {} for site in survivors.survived}
         return MaskedAverage(arrays=found, metrics=metrics, accepted=accepted, refused=dict(self._refused))
+
+    def _work_model(self, arrays: Arrays, header: TaskHeader, message: ToSite) -> FLModel:
+        """A task with work in it."""
+        return task_model(arrays, header, message)
+
+    def _split(
+        self, means: Mapping[str, NDArray[np.float64]], weight: float
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+        """Arrays and metrics of a decoded mean over a total weight."""
+        return split_means(means)
 
     def _following(
         self, task: str, header: TaskHeader, survived: Collection[str], experiment: ExperimentConfig
     ) -> _Sum | None:
         """The session after this one, to be opened with this one's own tasks; None after the last."""
-        if task == tasks.EVALUATE:
+        if task == tasks.EVALUATE or experiment.audit is not None:
             return None
         number = 0 if task == tasks.RELEASE else header.round_number + 1
         if number < experiment.federation.rounds:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,18 +25,18 @@ from torch import Tensor
 
 from custom import tasks
 from custom.codec import (
-    SAMPLES,
-    UNTRAINED_SAMPLES,
     Arrays,
     FromSite,
     TaskHeader,
     ToSite,
     content_of,
+    counts_reply,
     experiment_of,
     he_context,
     masked_reply,
     mean_reply,
     metrics_reply,
+    read_agreement,
     read_task,
     stage_reply,
     to_torch,
@@ -74,7 +74,7 @@ from custom.private_training import (
 )
 from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
-from custom.site_sessions import SiteSessions
+from custom.site_sessions import Masking, SiteSessions
 from custom.site_state import SiteState
 from custom.strict import require
 from custom.training import held_out_loss, train_round
@@ -86,6 +86,9 @@ from privacy.policy import PolicyRefused
 from privacy.rng import SecureRandomness
 from privacy.secagg.errors import ProtocolViolation, SecAggError
 from privacy.secagg.rules import Rules
+
+if TYPE_CHECKING:  # only an audit needs it, and every task of a training imports this file
+    from custom.audit_counts import Agreement
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +122,15 @@ class _Site:
     def admitted(self) -> Cohort:
         """The site's cohort, if its policy lets the job use it."""
         cohort = self._cohort()
+        patients, leaves = len(training_patients(cohort)), statistics_that_leave(self.experiment)
+        if self.experiment.audit is not None:
+            self.config.policy.check_audit(patients=patients, leaves=leaves, secure_aggregation=self.masks_asked)
+            return cohort
         self.config.policy.check(
             self.plan,
-            patients=len(training_patients(cohort)),
+            patients=patients,
             rounds=self.experiment.federation.rounds,
-            leaves=statistics_that_leave(self.experiment),
+            leaves=leaves,
             secure_aggregation=self.masks_asked,
         )
         return cohort
@@ -180,7 +187,9 @@ class DiffusionTrainer(Executor):
             if experiment.encryption is not None and task_name in (tasks.RELEASE, tasks.TRAIN):
                 require_encryption(task_name, fl_ctx)
                 he_context(fl_ctx, CLIENT_CONTEXT, secret_key=True)
-            if experiment.secure_aggregation is None:
+            if experiment.audit is not None and task_name != tasks.SECAGG:
+                reply = _audit(site, task_name, arrays, header, message, read_agreement(shareable))
+            elif experiment.secure_aggregation is None:
                 reply = _work(site, task_name, arrays, header)
             elif task_name == tasks.SECAGG:
                 reply = stage_reply(_stage(site, message, header))
@@ -217,14 +226,41 @@ def _work(site: _Site, task: str, arrays: Arrays, header: TaskHeader) -> Shareab
     return make_reply(ReturnCode.TASK_UNKNOWN)
 
 
-def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, message: ToSite) -> Shareable:
-    """The same under masks, which are summed before the work begins: afterwards they cost one addition."""
+def _audit(
+    site: _Site, task: str, arrays: Arrays, header: TaskHeader, message: ToSite, agreement: Agreement
+) -> Shareable:
+    """The counts of a task of an audit, as they are or under masks."""
+    from custom.audit_counts import AUDIT_TASKS
+    from custom.site_audit import SiteAudit
+
+    experiment, masked = site.experiment, site.experiment.secure_aggregation is not None
+    if task not in AUDIT_TASKS:
+        return make_reply(ReturnCode.TASK_UNKNOWN)
+    masking = _masking(site, task, header, message) if masked else None
+    policy, home = site.config.audit, site.config.home
+    audit = SiteAudit(home, site.name, experiment, header.run_id, policy, masked=masked)
+    counts = audit.answer(task, site.admitted(), arrays, agreement, site.device)
+    site.say(f"{task}: scored and counted")
+    reply = counts_reply(counts)
+    if masking is None:
+        return reply
+    checked(reply, experiment)
+    return masked_reply(masking.integers(np.concatenate([counts[name].ravel() for name in sorted(counts)])))
+
+
+def _masking(site: _Site, task: str, header: TaskHeader, message: ToSite) -> Masking:
+    """The masks of a task with work in it; they are summed before the work begins."""
     session = message.session
     ours = session is not None and (session.task, session.round_number) == (task, header.round_number)
     if session is None or message.boxes is None or not ours:
         remedy = "a task with work needs its own session and the peers' boxes"
         raise ProtocolViolation(argument="session", value=str(session), remedy=remedy)
-    masking = site.sessions(header).masking(session, message.boxes)
+    return site.sessions(header).masking(session, message.boxes)
+
+
+def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, message: ToSite) -> Shareable:
+    """The same under masks, which are summed before the work begins: afterwards they cost one addition."""
+    masking = _masking(site, task, header, message)
     if site.plan is not None and shared_noise_encoding(site.experiment, task) is not None:
         return masked_reply(masking.integers(_share(site, site.plan, task, arrays, header, masking.sites)))
     reply = _work(site, task, arrays, header)
@@ -375,7 +411,7 @@ def _decrypt(site: _Site, arrays: Mapping[str, Any], header: TaskHeader) -> Shar
 def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     start = time.monotonic()
     experiment, cohort = site.experiment, site.admitted()
-    weights = {name: array for name, array in arrays.items() if name not in (SAMPLES, UNTRAINED_SAMPLES)}
+    weights = {name: array for name, array in arrays.items() if name not in (tasks.SAMPLES, tasks.UNTRAINED_SAMPLES)}
     network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims).to(site.device)
     network.load_state_dict(to_torch(weights))
     metrics = {"held_out_loss": held_out_loss(network, build_schedule(experiment.schedule), cohort, site.device)}
@@ -391,7 +427,9 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
 def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) -> dict[str, float]:
     """EffNet-KID of the samples against held-out patients, and a picture of both, which stays at the site."""
     experiment = site.experiment
-    generated, untrained = (arrays[name].astype(np.float32) / 127.5 - 1 for name in (SAMPLES, UNTRAINED_SAMPLES))
+    generated, untrained = (
+        arrays[name].astype(np.float32) / 127.5 - 1 for name in (tasks.SAMPLES, tasks.UNTRAINED_SAMPLES)
+    )
     rng = np.random.default_rng(experiment.seed)
     held_out, train = (
         cohort.images[np.sort(rng.permutation(rows)[: len(generated)])]

@@ -19,6 +19,7 @@ from custom.egress import (
     SECAGG_REFUSED,
     EgressRefused,
     check_arrays,
+    check_counts,
     check_masked,
     check_metrics,
     check_update,
@@ -81,7 +82,14 @@ def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
         EgressRefused: something in it is not on the list.
     """
     dxo = _dxo(reply)
-    if dxo.data_kind == DataKind.WEIGHT_DIFF:
+    if config.audit is not None:
+        if dxo.data_kind != DataKind.WEIGHTS or dxo.meta:
+            raise EgressRefused(f"data kind {dxo.data_kind!r}: from an audit nothing leaves but counts")
+        from custom.audit_counts import AUDIT_TASKS, audit_shapes
+
+        named = [shapes for task in AUDIT_TASKS if set(shapes := audit_shapes(config, task)) == set(dxo.data)]
+        check_counts(dxo.data, shapes=named[0] if named else {})
+    elif dxo.data_kind == DataKind.WEIGHT_DIFF:
         shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
         before_training = mean_image_shape(config)
         if before_training is not None and set(dxo.data) == set(before_training):

@@ -1,0 +1,439 @@
+"""Every attack of an audit on one population: the same at a site of a federation and on one machine."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from privacy.audit.gradients import gradient_norms
+
+from custom.audit_config import AuditConfig
+from custom.audit_target import denoiser, loss_function
+from custom.audit_training import fit
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import build_network
+from custom.diffusion.schedule import Schedule
+from custom.model_file import ModelFile
+from medical_data.cohort import Cohort, Part
+from medical_data.preprocess import evenly
+from privacy.audit.attacks import GREY_BOX, grey_box_scores
+from privacy.audit.blind import blind_scores
+from privacy.audit.calibration import difficulty_calibrated, difficulty_features, offline_rmia, quantile_calibrated
+from privacy.audit.evidence import Access, Cost
+from privacy.audit.population import FEWEST_PATIENTS, Population
+from privacy.audit.protocol import Scored, shuffled
+from privacy.audit.queries import STRIDE
+from privacy.audit.stacking import stacked_scores
+
+BATCH = 64
+CONTROL_IMAGES = 2  # of each patient of the positive control: few enough to be learnt by heart
+CONTROL_ATTACKS = ("loss", "sima", "pia")
+UNTRAINED_ATTACKS = ("sima", "pia")  # cheap: a network without a memory of anyone has none for any statistic
+REFERENCE_ATTACK = "loss"  # the statistic that reference models calibrate
+
+# The groups of patients and models that are scored.
+TARGET, OVERFITTED, UNTRAINED, SHUFFLED, BLIND = "target", "overfitted", "untrained", "shuffled", "blind"
+
+
+class Description(NamedTuple):
+    """What an outcome says of its attack."""
+
+    title: str
+    paper: str
+    access: Access
+    statistic: str
+
+
+_TITLES = {
+    "loss": "denoising loss",
+    "sima": "SimA",
+    "pia": "PIA",
+    "pian": "PIAN",
+    "secmi": "SecMI",
+    "band_pass": "band-pass reconstruction",
+}
+DESCRIPTIONS = {name: Description(_TITLES[name], a.paper, "api", a.statistic) for name, a in GREY_BOX.items()} | {
+    "calibrated": Description(
+        "loss against a reference",
+        "Watson et al. 2022, arXiv:2111.08440",
+        "api",
+        "Denoising loss less that of a reference model which never saw the patient.",
+    ),
+    "rmia": Description(
+        "RMIA",
+        "Zarifzadeh et al. 2024, arXiv:2312.03262",
+        "api",
+        "Share of held-out images beside which the image is likelier under the model than under a reference.",
+    ),
+    "quantile": Description(
+        "quantile regression",
+        "Tang et al. 2023, arXiv:2312.05140",
+        "api",
+        "How far the denoising loss lies from what held-out images that look alike would have.",
+    ),
+    "gradients": Description(
+        "gradient norms (GSA)",
+        "Pang et al. 2023, arXiv:2308.06405",
+        "weights",
+        "Cross-fitted log-odds of membership from the norms of the image's gradient in every layer.",
+    ),
+    "stacked": Description(
+        "stacked attacker",
+        "nested cross-fitting by patient",
+        "api",
+        "Cross-fitted log-odds of membership from all other statistics that need no weights.",
+    ),
+    "blind": Description("blind classifier", "", "samples", "Log-odds of membership from the image alone."),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """One model, or none, attacked with one division of the patients.
+
+    Attributes:
+        name: TARGET, OVERFITTED, UNTRAINED, SHUFFLED or BLIND.
+        population: whose images, and who counts as a member.
+        scored: the attacks' statistics.
+    """
+
+    name: str
+    population: Population
+    scored: tuple[Scored, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scoreboard:
+    """All of it.
+
+    Attributes:
+        groups: by name.
+        costs: of the parts.
+    """
+
+    groups: dict[str, Group]
+    costs: tuple[Cost, ...]
+
+
+def population_of(cohort: Cohort, site: str, config: AuditConfig) -> Population:
+    """A site's members and held-outs as the audit attacks them; raises like :class:`Population`.
+
+    Where the configuration takes only some of the patients they are those with the smallest SHA-256 of their pseudonym.
+    """
+    chosen = sorted(p for part in ("train", "held_out") for p in _drawn(cohort, part, config.patients))
+    rows, owners = [], []
+    for index, patient in enumerate(chosen):
+        own = np.flatnonzero(cohort.patient == patient)
+        own = own[evenly(len(own), config.images_per_patient)]
+        rows.append(own)
+        owners.append(np.full(len(own), index))
+    return Population(
+        images=np.asarray(cohort.images[np.concatenate(rows)]),
+        patient=np.concatenate(owners).astype(np.int64),
+        member=~cohort.held_out[chosen],
+        site=np.zeros(len(chosen), dtype=np.int64),
+        sites=(site,),
+        keys=tuple(cohort.pseudonyms[patient] for patient in chosen),
+    )
+
+
+def _drawn(cohort: Cohort, part: Part, most: int | None) -> list[int]:
+    patients = np.unique(cohort.patient[cohort.rows(part)]).tolist()
+    ordered = sorted(patients, key=lambda p: hashlib.sha256(f"audit\0{cohort.pseudonyms[p]}".encode()).digest())
+    return ordered[:most]
+
+
+def timesteps(levels: Sequence[float], schedule: Schedule) -> tuple[int, ...]:
+    """Noise levels as timesteps that the deterministic inversion passes."""
+    steps = schedule.config.timesteps
+    return tuple(sorted({max(STRIDE, round(level * steps / STRIDE) * STRIDE) for level in levels}))
+
+
+class Scorer:
+    """Attacks one population on one device.
+
+    Args:
+        model: to be attacked.
+        config: how.
+        device: where to compute.
+        progress: show bars on stderr.
+    """
+
+    def __init__(self, model: ModelFile, config: AuditConfig, *, device: torch.device, progress: bool) -> None:
+        self.model, self.config, self.device, self.progress = model, config, device, progress
+        self.network, self.schedule = model.sampling_network()
+        self.levels = timesteps(config.noise_levels, self.schedule)
+        self.costs: list[Cost] = []
+
+    def scoreboard(self, population: Population) -> Scoreboard:
+        """Every group but BLIND; raises ``Unattackable`` where one cannot be scored."""
+        target = self._grey_box(self.network, population, tuple(GREY_BOX), "grey box")
+        scored = [*target, *self._calibrated(population, target)]
+        if self.config.gradient_levels:
+            scored.append(self._white_box(population))
+        scored.append(self._stacked(population, scored))
+        experiment = self.model.experiment
+        of = populations(population, experiment.seed)
+        found: dict[str, tuple[Scored, ...]] = {
+            TARGET: tuple(scored),
+            SHUFFLED: tuple(s for s in target if s.name in CONTROL_ATTACKS),
+            UNTRAINED: self._grey_box(_fresh(experiment, experiment.seed), population, UNTRAINED_ATTACKS, "untrained"),
+        }
+        if OVERFITTED in of:
+            found[OVERFITTED] = self._overfitted(of[OVERFITTED])
+        groups = {name: Group(name=name, population=of[name], scored=each) for name, each in found.items()}
+        return Scoreboard(groups=groups, costs=tuple(self.costs))
+
+    def _grey_box(
+        self, network: torch.nn.Module, population: Population, attacks: Sequence[str], part: str
+    ) -> tuple[Scored, ...]:
+        found = grey_box_scores(
+            denoiser(network, self.schedule, self.device),
+            population.images,
+            timesteps=self.levels,
+            seeds=self.config.seeds,
+            attacks=attacks,
+            batch_size=BATCH,
+            progress=self.progress,
+        )
+        self._cost(part, found.shared_evaluations_per_image, found.seconds)
+        return tuple(
+            _scored(name, found.scores[name], found.settings[name], found.evaluations_per_image[name])
+            for name in attacks
+        )
+
+    def _calibrated(self, population: Population, target: Sequence[Scored]) -> list[Scored]:
+        """Attacks that ask how hard an image is: of reference models, or of what it looks like."""
+        loss = next(scored for scored in target if scored.name == REFERENCE_ATTACK)
+        started = time.monotonic()
+        features = difficulty_features(population.images)
+        quantile = np.stack(
+            [
+                np.stack(
+                    [
+                        quantile_calibrated(
+                            features,
+                            -loss.scores[row, :, column],
+                            population.patient,
+                            population.member,
+                            _calibrating(population, seed),
+                            seed=seed,
+                        )
+                        for column in range(len(loss.settings))
+                    ],
+                    axis=1,
+                )
+                for row, seed in enumerate(self.config.seeds)
+            ]
+        )
+        self._cost("quantile regression", 0.0, time.monotonic() - started)
+        found = [_scored("quantile", quantile, loss.settings, loss.evaluations_per_image)]
+        return found if not self.config.reference_steps else [*found, *self._referenced(population, loss)]
+
+    def _referenced(self, population: Population, loss: Scored) -> list[Scored]:
+        """Against reference models: two, each trained on one half of the held-outs.
+
+        Each patient is held against the one that never saw it; for a member, whom neither saw, a hash decides, so that
+        members and held-outs are treated alike.
+        """
+        started = time.monotonic()
+        half = population.tuning_half(self.model.experiment.seed)
+        reference = np.zeros_like(loss.scores)
+        for number, trained_on in enumerate((half, ~half)):
+            rows = (trained_on & ~population.member)[population.patient]
+            network = fit(
+                _fresh(self.model.experiment, self.model.experiment.seed + 1 + number),
+                self.schedule,
+                population.images[rows],
+                steps=self.config.reference_steps,
+                seed=number,
+                device=self.device,
+                label=f"reference model {number + 1} of 2",
+                progress=self.progress,
+            )
+            out = (~trained_on)[population.patient]
+            found = grey_box_scores(
+                denoiser(network, self.schedule, self.device),
+                population.images[out],
+                timesteps=self.levels,
+                seeds=self.config.seeds,
+                attacks=(REFERENCE_ATTACK,),
+                batch_size=BATCH,
+                progress=self.progress,
+            )
+            reference[:, out] = found.scores[REFERENCE_ATTACK]
+        self._cost("reference models", loss.evaluations_per_image, time.monotonic() - started)
+        calibrated = np.stack(
+            [
+                np.stack(
+                    [
+                        difficulty_calibrated(-loss.scores[row, :, column], -reference[row, None, :, column])
+                        for column in range(len(loss.settings))
+                    ],
+                    axis=1,
+                )
+                for row in range(len(self.config.seeds))
+            ]
+        )
+        rmia = self._rmia(population, -loss.scores, -reference)
+        evaluations = 2 * loss.evaluations_per_image
+        return [
+            _scored("calibrated", calibrated, loss.settings, evaluations),
+            _scored("rmia", rmia, loss.settings, evaluations),
+        ]
+
+    def _rmia(
+        self, population: Population, target: NDArray[np.float64], reference: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Each image against the held-outs of the tuning half, with the reference that never saw it."""
+        scores = np.empty_like(target)
+        out = np.ones((1, target.shape[1]), dtype=np.bool_)
+        for row, seed in enumerate(self.config.seeds):
+            others = _calibrating(population, seed)
+            for column in range(target.shape[2]):
+                ours, theirs = target[row, :, column], reference[row, None, :, column]
+                scores[row, :, column] = offline_rmia(ours, theirs, out, ours[others], theirs[:, others])
+        return scores
+
+    def _white_box(self, population: Population) -> Scored:
+        started = time.monotonic()
+        levels = timesteps(self.config.gradient_levels, self.schedule)
+        loss = loss_function(self.network.to(self.device), self.schedule)
+        parameters = {name: tensor.detach() for name, tensor in self.network.named_parameters()}
+        norms = gradient_norms(
+            loss, parameters, population.images, timesteps=levels, seed=0, batch_size=16, progress=self.progress
+        )
+        scores = np.stack([_stack(norms, population, seed) for seed in self.config.seeds])
+        self._cost("gradient norms", 3.0 * len(levels), time.monotonic() - started)
+        return _scored("gradients", scores[:, :, None], ("all layers",), 3.0 * len(levels))
+
+    def _stacked(self, population: Population, scored: Sequence[Scored]) -> Scored:
+        started = time.monotonic()
+        used = [s for s in scored if DESCRIPTIONS[s.name].access == "api"]
+        scores = np.stack(
+            [
+                _stack(np.concatenate([s.scores[row] for s in used], axis=1), population, seed)
+                for row, seed in enumerate(self.config.seeds)
+            ]
+        )
+        self._cost("stacking", 0.0, time.monotonic() - started)
+        return _scored("stacked", scores[:, :, None], ("all",), sum(s.evaluations_per_image for s in used))
+
+    def _overfitted(self, control: Population) -> tuple[Scored, ...]:
+        """The positive control: the model, trained further until it knows the control's members by heart."""
+        started = time.monotonic()
+        network, _ = self.model.sampling_network()
+        fit(
+            network,
+            self.schedule,
+            control.images[control.member[control.patient]],
+            steps=self.config.control_steps,
+            seed=0,
+            device=self.device,
+            label="overfitting the positive control",
+            progress=self.progress,
+        )
+        self._cost("overfitting the positive control", 0.0, time.monotonic() - started)
+        return self._grey_box(network, control, CONTROL_ATTACKS, "positive control")
+
+    def _cost(self, part: str, evaluations: float, seconds: float) -> None:
+        self.costs.append(Cost(part=part, evaluations_per_image=evaluations, seconds=seconds))
+
+
+def blind_group(population: Population, config: AuditConfig) -> Group:
+    """The classifier that sees no model, scored like an attack, so that sites can count it."""
+    of_seeds = [
+        blind_scores(population.images, population.patient, population.member, seed=seed) for seed in config.seeds
+    ]
+    scored = _scored("blind", np.stack(of_seeds)[:, :, None], ("image",), 0.0)
+    return Group(name=BLIND, population=population, scored=(scored,))
+
+
+def populations(population: Population, seed: int) -> dict[str, Population]:
+    """Whose images each group attacks; no positive control where there are too few held-outs for one.
+
+    Its members are half of the held-outs, with a few images each: patients whom nothing else has been trained on.
+    """
+    of = dict.fromkeys((TARGET, UNTRAINED, BLIND), population) | {SHUFFLED: shuffled(population, seed=seed)}
+    held_out = np.flatnonzero(~population.member)
+    learnt = population.tuning_half(seed)[held_out]
+    if min(int(learnt.sum()), int((~learnt).sum())) < FEWEST_PATIENTS:
+        return of
+    rows = []
+    for patient in held_out:
+        own = np.flatnonzero(population.patient == patient)
+        rows.append(own[evenly(len(own), CONTROL_IMAGES)])
+    control = Population(
+        images=population.images[np.concatenate(rows)],
+        patient=np.repeat(np.arange(len(held_out)), [len(own) for own in rows]).astype(np.int64),
+        member=learnt,
+        site=population.site[held_out],
+        sites=population.sites,
+        keys=tuple(population.keys[patient] for patient in held_out),
+    )
+    return of | {OVERFITTED: control}
+
+
+def rebuilt(
+    of: Mapping[str, Population],
+    arrays: Mapping[str, NDArray[np.float64]],
+    settings: Mapping[str, Mapping[str, tuple[str, ...]]],
+) -> dict[str, Group]:
+    """The groups from their populations and, as ``group/attack``, their scores."""
+    return {
+        name: Group(
+            name=name,
+            population=of[name],
+            scored=tuple(
+                _scored(attack, arrays[f"{name}/{attack}"], columns, 0.0) for attack, columns in attacks.items()
+            ),
+        )
+        for name, attacks in settings.items()
+    }
+
+
+def layout(config: AuditConfig, schedule: Schedule) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Groups, their attacks and the attacks' settings, as :meth:`Scorer.scoreboard` fills them."""
+    levels = tuple(f"t={t}" for t in timesteps(config.noise_levels, schedule))
+    target = dict.fromkeys((*GREY_BOX, "quantile"), levels)
+    if config.reference_steps:
+        target |= {"calibrated": levels, "rmia": levels}
+    if config.gradient_levels:
+        target["gradients"] = ("all layers",)
+    target["stacked"] = ("all",)
+    return {
+        TARGET: target,
+        UNTRAINED: dict.fromkeys(UNTRAINED_ATTACKS, levels),
+        SHUFFLED: dict.fromkeys(CONTROL_ATTACKS, levels),
+        OVERFITTED: dict.fromkeys(CONTROL_ATTACKS, levels),
+        BLIND: {"blind": ("image",)},
+    }
+
+
+def _fresh(experiment: ExperimentConfig, seed: int) -> torch.nn.Module:
+    return build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=seed)
+
+
+def _calibrating(population: Population, seed: int) -> NDArray[np.bool_]:
+    """Images of known non-members: held-outs of the tuning half, bool [N]."""
+    return (~population.member & population.tuning_half(seed))[population.patient]
+
+
+def _stack(features: NDArray[np.float64], population: Population, seed: int) -> NDArray[np.float64]:
+    return stacked_scores(features, population.patient, population.member, seed=seed)
+
+
+def _scored(name: str, scores: NDArray[np.float64], settings: tuple[str, ...], evaluations: float) -> Scored:
+    return Scored(
+        name=name,
+        **DESCRIPTIONS[name]._asdict(),
+        evaluations_per_image=evaluations,
+        settings=settings,
+        scores=scores,
+    )
