@@ -15,12 +15,13 @@ from custom.audit_evidence import EXPLANATIONS, claimed_privacy, model_identity,
 from custom.audit_scores import OVERFITTED, SHUFFLED, TARGET, UNTRAINED, Scoreboard, Scorer, population_of
 from custom.audited_samples import audited_samples
 from custom.canary_run import CanaryFindings
+from custom.curious_server import CuriousFindings, watch
 from custom.model_file import ModelFile, load_model
 from custom.run_folder import file_sha256
 from medical_data.cohort import Cohort
 from privacy.audit.blind import blind_test
 from privacy.audit.errors import Unattackable
-from privacy.audit.evidence import BlindOutcome, CohortIdentity, ControlOutcome, Cost, Evidence, InversionOutcome
+from privacy.audit.evidence import BlindOutcome, CohortIdentity, ControlOutcome, Cost, Evidence
 from privacy.audit.memorization import CopyScreen
 from privacy.audit.population import Population, joined
 from privacy.audit.protocol import assess, control, site_rows
@@ -49,7 +50,7 @@ def audit_model(
     created: str,
     command: str,
     canaries: CanaryFindings | None = None,
-    inversions: tuple[InversionOutcome, ...] = (),
+    updates: bool = False,
     progress: bool = False,
 ) -> Audited:
     """Attack a model with the members and held-outs of the sites that trained it.
@@ -62,7 +63,7 @@ def audit_model(
         created: date, for the report.
         command: to run it again, for the report.
         canaries: what a run with canaries found, if there was one.
-        inversions: what could be redrawn from updates, if it was tried.
+        updates: also attack by the updates of a few more rounds, as a curious server could.
         progress: show bars on stderr.
 
     Raises:
@@ -74,7 +75,11 @@ def audit_model(
     population = joined([population_of(cohort, site, config) for site, cohort in cohorts.items()])
     board = Scorer(model, config, device=device, progress=progress).scoreboard(population)
     target = board.groups[TARGET]
-    attacks, strongest = assess(target.scored, population, config.seeds)
+    curious = CuriousFindings(scored=(), inversions=())
+    if updates:
+        curious = watch(model, cohorts, population, config, device=device, progress=progress)
+    scored = (*target.scored, *curious.scored)
+    attacks, strongest = assess(scored, population, config.seeds)
     blind, blind_cost = _blind(population, config)
     screens, nearest, copy_cost = _copies(model, population, config, device, progress)
     tuning = population.tuning_half(attacks[strongest].outcome.seed)
@@ -95,13 +100,13 @@ def audit_model(
         strongest=strongest,
         controls=_controls(board, config),
         copies=tuple(copy_outcome(screen) for screen in screens),
-        inversions=inversions,
+        inversions=curious.inversions,
         privacy=claimed_privacy(
             model,
             lower_bounds=() if canaries is None else canaries.bounds,
             commitment=None if canaries is None else canaries.commitment,
         ),
-        sites=site_rows(target.scored[strongest], attacks[strongest], population, population.sites),
+        sites=site_rows(scored[strongest], attacks[strongest], population, population.sites),
         costs=(*board.costs, blind_cost, *copy_cost),
     )
     return Audited(evidence=evidence, gallery=nearest)

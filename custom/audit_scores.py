@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from privacy.audit.gradients import gradient_norms
 
 from custom.audit_config import AuditConfig
 from custom.audit_target import denoiser, loss_function
@@ -26,6 +25,7 @@ from privacy.audit.attacks import GREY_BOX, grey_box_scores
 from privacy.audit.blind import blind_scores
 from privacy.audit.calibration import difficulty_calibrated, difficulty_features, offline_rmia, quantile_calibrated
 from privacy.audit.evidence import Access, Cost
+from privacy.audit.gradients import evaluations_per_image, gradient_norms
 from privacy.audit.population import FEWEST_PATIENTS, Population
 from privacy.audit.protocol import Scored, shuffled
 from privacy.audit.queries import STRIDE
@@ -310,8 +310,9 @@ class Scorer:
             loss, parameters, population.images, timesteps=levels, seed=0, batch_size=16, progress=self.progress
         )
         scores = np.stack([_stack(norms, population, seed) for seed in self.config.seeds])
-        self._cost("gradient norms", 3.0 * len(levels), time.monotonic() - started)
-        return _scored("gradients", scores[:, :, None], ("all layers",), 3.0 * len(levels))
+        cost = evaluations_per_image(levels)
+        self._cost("gradient norms", cost, time.monotonic() - started)
+        return _scored("gradients", scores[:, :, None], ("all layers",), cost)
 
     def _stacked(self, population: Population, scored: Sequence[Scored]) -> Scored:
         started = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,9 +141,11 @@ class PooledAudit:
             Unattackable: too few patients in a half.
         """
         sums = report.sums
-        outcomes = {
-            (chosen.group, chosen.attack): self._attack(agreement, chosen, tuning, sums) for chosen in agreement.choices
-        }
+        outcomes: dict[tuple[str, str], AttackOutcome] = {}
+        for chosen in agreement.choices:
+            # A control or a blind test for which the sites let too few patients count is one that was not run.
+            with suppress(() if chosen.group == TARGET else Unattackable):
+                outcomes[chosen.group, chosen.attack] = self._attack(agreement, chosen, tuning, sums)
         attacks, strongest = corrected([found for (group, _), found in outcomes.items() if group == TARGET])
         held_out, members = (int(count) for count in sums[PATIENTS])
         halves = sums[column_name("patients", TARGET, attacks[strongest].name)][attacks[strongest].reported].sum(axis=1)
@@ -157,7 +160,7 @@ class PooledAudit:
             tuning_held_out=held_out - int(halves[0]),
             report_members=int(halves[1]),
             report_held_out=int(halves[0]),
-            blind=self._blind(outcomes[BLIND, "blind"], sums),
+            blind=self._blind(outcomes.get((BLIND, "blind")), sums),
             attacks=attacks,
             strongest=strongest,
             controls=self._controls(outcomes, sums),
@@ -217,7 +220,9 @@ class PooledAudit:
             ),
         )
 
-    def _blind(self, outcome: AttackOutcome, sums: Sums) -> BlindOutcome:
+    def _blind(self, outcome: AttackOutcome | None, sums: Sums) -> BlindOutcome | None:
+        if outcome is None:
+            return None
         held_out, members = (int(count) for count in sums[PATIENTS])
         return BlindOutcome(
             patient_auc=outcome.outcome.patient_auc,
@@ -230,7 +235,10 @@ class PooledAudit:
     def _controls(self, outcomes: Mapping[tuple[str, str], AttackOutcome], sums: Sums) -> tuple[ControlOutcome, ...]:
         controls = []
         for name in ("overfitted", "untrained", "shuffled"):
-            found, strongest = corrected([outcome for (group, _), outcome in outcomes.items() if group == name])
+            of_group = [outcome for (group, _), outcome in outcomes.items() if group == name]
+            if not of_group:
+                continue
+            found, strongest = corrected(of_group)
             counts = sums[column_name("patients", name, found[strongest].name)][found[strongest].reported]
             controls.append(
                 control_of(

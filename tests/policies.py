@@ -10,6 +10,7 @@ ALL_STATISTICS = (
     "effnet_kid",
     "effnet_kid_baseline",
     "effnet_kid_untrained",
+    "audit_counts",
 )
 
 

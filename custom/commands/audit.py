@@ -40,7 +40,7 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--updates",
         action="store_true",
-        help="also try to redraw a patient from one site's update and from the sum over sites, as a server could",
+        help="also attack by the updates of a few more rounds, one site's and their sum, as a curious server could",
     )
     parser.set_defaults(func=run)
 
@@ -53,7 +53,6 @@ def run(options: argparse.Namespace) -> int:
     from privacy.audit.report.pdf import write_pdf
 
     from custom.audit import audit_model
-    from custom.curious_server import redrawn
     from custom.device import use
     from custom.model_file import load_model
     from custom.run_folder import AUDIT_FILE
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         created=datetime.now(timezone.utc).date().isoformat(),
         command=_command(options),
         canaries=canaries,
-        inversions=redrawn(model, list(cohorts.values()), device=device, progress=True) if options.updates else (),
+        updates=options.updates,
         progress=True,
     )
     audit = audit_of(audited.evidence, first.audit.rule)

@@ -63,7 +63,8 @@ class Range:
     def cells(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Cell of each value: 0 below the range, 1 … FINE_BINS within, FINE_BINS + 1 from its upper end on."""
         share = (values - self.low) / (self.high - self.low)
-        return np.clip(np.floor(share * FINE_BINS) + 1, 0, FINE_CELLS - 1).astype(np.int64)
+        cells: NDArray[np.int64] = np.clip(np.floor(share * FINE_BINS) + 1, 0, FINE_CELLS - 1).astype(np.int64)
+        return cells
 
     def lower_edge(self, cell: int) -> float:
         """The least value in a cell from 1 on."""
@@ -193,11 +194,15 @@ class PooledCounts:
 def threshold_cell(tuning: Counts, sign: int) -> int:
     """The cell from which on (for sign -1: up to which) a patient is called a member, at the first target FPR.
 
+    Beyond all cells, so that nobody is, if the tuning halves have one kind of patient only.
+
     Args:
         tuning: int64 [2, FINE_CELLS].
         sign: of the choice.
     """
     scores, member = _expanded(tuning, sign)
+    if member.all() or not member.any():
+        return FINE_CELLS if sign == 1 else -1
     point = operating_point(scores, member, scores, member, fpr=TARGET_FPRS[0])
     assert point.threshold is not None  # noqa: S101 - it always has one
     return sign * math.ceil(point.threshold)

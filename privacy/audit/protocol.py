@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from privacy.audit.errors import Unattackable
 from privacy.audit.evidence import (
@@ -20,6 +21,7 @@ from privacy.audit.evidence import (
 )
 from privacy.audit.population import FEWEST_PATIENTS, Population
 from privacy.audit.statistics import (
+    Interval,
     OperatingPoint,
     auc,
     clustered_auc_interval,
@@ -274,16 +276,43 @@ def control(
     positive: bool,
     explanation: str,
 ) -> ControlOutcome:
-    """Run the very protocol on a model of which the answer is known; raises like :func:`assess`."""
-    members = int(population.member.sum())
-    return control_of(
-        *assess(scored, population, seeds),
+    """Attack a model of which the answer is known, with everything fixed beforehand and so on all patients.
+
+    Of each attack the statistic is the mean, over its settings, of a patient's rank among all patients, and low means
+    member, as the papers expect. Nothing is chosen, so no half is set aside: a control has few patients as it is.
+
+    Raises:
+        Unattackable: no attack, or scores that do not fit.
+    """
+    _require(len(scored) > 0, "attacks", 0, "give at least one")
+    member = population.member
+    p_values, areas = [], []
+    for attack in scored:
+        fits = attack.scores.shape[:2] == (len(seeds), len(population.patient))
+        _require(fits, f"scores of {attack.name}", attack.scores.shape, f"give {len(seeds)} seeds of all images")
+        of_seeds = [-_mean_ranks(of_seed, population) for of_seed in attack.scores]
+        p_values.append(combined_p([mann_whitney_p(values, member) for values in of_seeds]))
+        found = [
+            clustered_auc_interval(values, np.arange(len(member)), member, resamples=RESAMPLES, seed=seed)
+            for values, seed in zip(of_seeds, seeds, strict=True)
+        ]
+        areas.append(sorted(found, key=lambda interval: interval.estimate)[len(found) // 2])
+    return _control_outcome(
+        max(areas, key=lambda interval: interval.estimate),
+        min(holm(p_values)),
         name=name,
         positive=positive,
-        members=members,
-        non_members=len(population.member) - members,
+        members=int(member.sum()),
+        non_members=int((~member).sum()),
         explanation=explanation,
     )
+
+
+def _mean_ranks(scores: NDArray[np.float64], population: Population) -> NDArray[np.float64]:
+    """Mean over the settings of each patient's rank, [P]."""
+    ranks = [rankdata(by_patient(scores[:, column], population, 0.0)) for column in range(scores.shape[1])]
+    mean: NDArray[np.float64] = np.mean(ranks, axis=0)
+    return mean
 
 
 def control_of(
@@ -296,17 +325,37 @@ def control_of(
     non_members: int,
     explanation: str,
 ) -> ControlOutcome:
-    """What attacks on a model of which the answer is known say of the attacks.
+    """The same from outcomes of the protocol, as a federated audit has them."""
+    return _control_outcome(
+        attacks[strongest].outcome.patient_auc,
+        min(attack.adjusted_p for attack in attacks),
+        name=name,
+        positive=positive,
+        members=members,
+        non_members=non_members,
+        explanation=explanation,
+    )
 
-    A positive control is passed if the least of their corrected p-values is below 5 %, a negative one if it is not
-    below 1 %: a false alarm would void the audit.
+
+def _control_outcome(
+    patient_auc: Interval,
+    p_value: float,
+    *,
+    name: str,
+    positive: bool,
+    members: int,
+    non_members: int,
+    explanation: str,
+) -> ControlOutcome:
+    """A positive control is passed if the corrected p-value is below 5 %, a negative one if it is not below 1 %.
+
+    A false alarm of a negative control would void the audit, so it is rarer.
     """
     level = POSITIVE_LEVEL if positive else NEGATIVE_LEVEL
-    p_value = min(attack.adjusted_p for attack in attacks)
     return ControlOutcome(
         name=name,
         kind="positive" if positive else "negative",
-        patient_auc=attacks[strongest].outcome.patient_auc,
+        patient_auc=patient_auc,
         p_value=p_value,
         level=level,
         members=members,

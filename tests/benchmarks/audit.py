@@ -25,10 +25,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from privacy.audit.report.html import write_html
+from privacy.audit.report.pdf import write_pdf
 from tqdm import tqdm
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
 
 from custom.audit import audit_model
 from custom.audit_config import AuditConfig
@@ -45,9 +44,8 @@ from custom.training import train_round
 from medical_data.cohort import Cohort, DataLimits, EmbeddedSource, FolderSource, prepare_cohort
 from privacy.audit.decision import DecisionRule
 from privacy.audit.report.document import Audit, audit_of, load_audit, write_json
-from privacy.audit.report.html import write_html
-from privacy.audit.report.pdf import write_pdf
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SCANS = REPOSITORY.parent / "shared" / "ct"
 LARGE = ("large-1", "large-2", "large-3")
 OVERFIT_STEPS = 6000
@@ -74,9 +72,7 @@ def main() -> None:
         limits, config = DataLimits(held_out_fraction=0.5), AuditConfig()
     experiment = replace(experiment, preprocess=replace(experiment.preprocess, images_per_patient=4))
     home = out / "home"
-    cohort = prepare_cohort(
-        source=source, preprocess=experiment.preprocess, limits=limits, home=home, progress=True
-    )
+    cohort = prepare_cohort(source=source, preprocess=experiment.preprocess, limits=limits, home=home, progress=True)
     targets: dict[str, tuple[Path, Mapping[str, Cohort]]] = {
         "overfit": (_overfitted(out, experiment, cohort, device), {"site-1": cohort}),
         "untrained": (_untrained(out, experiment), {"site-1": cohort}),
@@ -91,7 +87,9 @@ def main() -> None:
     print(json.dumps({name: _summary(audit) for name, audit in audits.items()}))
 
 
-def _audited(folder: Path, model: Path, cohorts: Mapping[str, Cohort], config: AuditConfig, device: torch.device) -> Audit:
+def _audited(
+    folder: Path, model: Path, cohorts: Mapping[str, Cohort], config: AuditConfig, device: torch.device
+) -> Audit:
     file = folder / "audit.json"
     if not file.is_file():
         folder.mkdir(exist_ok=True)
@@ -124,14 +122,16 @@ def _summary(audit: Audit) -> dict[str, object]:
 
 def _table(audits: Mapping[str, Audit]) -> str:
     lines = [
-        "| model | members / held-outs in the report half | strongest attack | patient-level AUC | TPR at 1 % FPR | verdict |",
+        "| model | members / held-outs, report half | strongest attack | patient-level AUC | TPR at 1 % FPR | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for name, audit in audits.items():
         evidence = audit.evidence
         attack = evidence.attacks[evidence.strongest]
         auc, point = attack.outcome.patient_auc, attack.outcome.points[1]
-        tpr = point.note or (f"{point.tpr.estimate:.0%} ({point.tpr.low:.0%} to {point.tpr.high:.0%})" if point.tpr else "")
+        tpr = point.note or (
+            f"{point.tpr.estimate:.0%} ({point.tpr.low:.0%} to {point.tpr.high:.0%})" if point.tpr else ""
+        )
         lines.append(
             f"| {name} | {evidence.report_members} / {evidence.report_held_out} | {attack.title} | {auc.estimate:.3f} "
             f"({auc.low:.3f} to {auc.high:.3f}) | {tpr} | {audit.decision.verdict} |"

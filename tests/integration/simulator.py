@@ -73,6 +73,8 @@ def write_job(
     source = REPOSITORY / "jobs" / (name if experiment.secure_aggregation is None else "ct_ddpm_secagg")
     if experiment.encryption is not None:
         source = REPOSITORY / "jobs" / "ct_ddpm_he"
+    if experiment.audit is not None:
+        source = REPOSITORY / "jobs" / "ct_audit"
     config = base / "job" / "app" / "config"
     config.mkdir(parents=True, exist_ok=True)
     meta = json.loads((source / "meta.json").read_text())

@@ -171,6 +171,21 @@ def test_controls_pass_on_the_right_answer_only(positive: bool, shift: float) ->
     assert found.kind == ("positive" if positive else "negative")
 
 
+def test_a_positive_control_can_be_caught_with_few_patients() -> None:
+    """Seven against eight: half of them could never be significant."""
+    of = population(7, 8)
+    found = control(
+        [scored(noise(of, shift=9.0)), scored(noise(of, shift=9.0, seed=1), "sima"), scored(noise(of, seed=2), "pia")],
+        of,
+        SEEDS,
+        name="overfitted",
+        positive=True,
+        explanation="…",
+    )
+    assert found.passed
+    assert found.patient_auc.estimate == 1.0
+
+
 def test_shuffled_labels_are_at_chance_even_for_a_perfect_leak() -> None:
     of = population(40, 40, sites=2)
     mixed = shuffled(of, seed=0)
