@@ -163,17 +163,19 @@ def _red(evidence: Evidence, rule: DecisionRule) -> Iterator[Reason]:
                 cut_off=f"claimed: {claimed.epsilon:.2f}",
                 meaning="the claimed differential privacy does not hold.",
             )
-    for attack in evidence.attacks:
-        point = at_1_percent(attack)
-        if point is not None and point.tpr is not None and point.tpr.low > rule.red_tpr_at_1_percent:
-            yield Reason(
-                verdict="RED",
-                test=f"TPR at 1 % FPR: {attack.title}",
-                found=f"{point.tpr.estimate:.1%} (95 %: {point.tpr.low:.1%} to {point.tpr.high:.1%})",
-                cut_off=f"lower bound at most {rule.red_tpr_at_1_percent:.0%}",
-                meaning=f"an attacker with {ACCESS[attack.access]} names {point.tpr.estimate:.0%} of the patients who "
-                "were trained on, with one false alarm in a hundred.",
-            )
+    rates = [(attack, point.tpr) for attack in evidence.attacks if (point := at_1_percent(attack)) is not None]
+    naming = [(attack, tpr) for attack, tpr in rates if tpr is not None and tpr.low > rule.red_tpr_at_1_percent]
+    if naming:
+        attack, tpr = max(naming, key=lambda pair: pair[1].low)
+        yield Reason(
+            verdict="RED",
+            test="TPR at 1 % FPR",
+            found=f"{len(naming)} of {len(evidence.attacks)} attacks, most by {attack.title}: {tpr.estimate:.1%} "
+            f"(95 %: {tpr.low:.1%} to {tpr.high:.1%})",
+            cut_off=f"lower bound at most {rule.red_tpr_at_1_percent:.0%}",
+            meaning=f"an attacker with {ACCESS[attack.access]} names {tpr.estimate:.0%} of the patients who were "
+            "trained on, with one false alarm in a hundred.",
+        )
     for copies in evidence.copies:
         if copies.p_value < rule.significance / len(evidence.copies):
             yield Reason(
@@ -187,17 +189,17 @@ def _red(evidence: Evidence, rule: DecisionRule) -> Iterator[Reason]:
 
 
 def _amber(evidence: Evidence, rule: DecisionRule) -> Iterator[Reason]:
-    for attack in evidence.attacks:
-        found = attack.outcome.patient_auc
-        if attack.adjusted_p < rule.significance:
-            yield Reason(
-                verdict="AMBER",
-                test=f"better than chance: {attack.title}",
-                found=f"AUC {found.estimate:.3f}, p = {attack.adjusted_p:.3g} after correction for "
-                f"{len(evidence.attacks)} attacks",
-                cut_off=f"p ≥ {rule.significance:g}",
-                meaning=f"an attacker with {ACCESS[attack.access]} tells members from others better than chance does.",
-            )
+    better = [attack for attack in evidence.attacks if attack.adjusted_p < rule.significance]
+    if better:
+        attack = min(better, key=lambda a: (a.adjusted_p, -a.outcome.patient_auc.estimate))
+        yield Reason(
+            verdict="AMBER",
+            test="better than chance",
+            found=f"{len(better)} of {len(evidence.attacks)} attacks, first {attack.title}: AUC "
+            f"{attack.outcome.patient_auc.estimate:.3f}, p = {attack.adjusted_p:.3g} after correction for their number",
+            cut_off=f"p ≥ {rule.significance:g}",
+            meaning=f"an attacker with {ACCESS[attack.access]} tells members from others better than chance does.",
+        )
     weak = [a for a in evidence.attacks if a.outcome.patient_auc.high > rule.green_auc]
     if weak:
         worst = max(weak, key=lambda a: a.outcome.patient_auc.high)

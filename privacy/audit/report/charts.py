@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from privacy.audit.evidence import AttackOutcome, ClaimedPrivacy, Evidence, Roc
 
-# ink: axes and text; quiet: grid and chance; first to third: attacks; limit: what is claimed or demanded; bad: beyond it.
+# ink: axes and text; quiet: grid and chance; first to third: attacks; limit: what is demanded; bad: beyond it.
 Tone = Literal["ink", "quiet", "grid", "first", "second", "third", "limit", "bad"]
 Dash: TypeAlias = tuple[float, float] | None
 Place: TypeAlias = tuple[float, float]
@@ -109,7 +109,9 @@ def roc_chart(evidence: Evidence) -> Chart | None:
     marks.append(Label(place=(_LEFT - 34, 12), text="True positive rate: members who are found"))
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     marks.append(
-        Label(place=(middle, bottom + 33), text="False positive rate: others who are taken for members", anchor="middle")
+        Label(
+            place=(middle, bottom + 33), text="False positive rate: others who are taken for members", anchor="middle"
+        )
     )
     legend: list[tuple[str, Tone, Dash, bool]] = []
     curves = list(zip(attacks, _TONES, strict=False))
@@ -132,8 +134,8 @@ def roc_chart(evidence: Evidence) -> Chart | None:
     return Chart(
         name="chart-roc",
         title="ROC at patient level, both axes logarithmic",
-        description=f"Curves of the {len(attacks)} attacks that did best on the tuning half, from a false positive rate "
-        f"of {least:.2g} to 1. {found}. A curve on the diagonal is chance; the table of attacks has the figures.",
+        description=f"Curves of the {len(attacks)} attacks that did best on the tuning half, from a false positive "
+        f"rate of {least:.2g} to 1. {found}. A curve on the diagonal is chance; the table of attacks has the figures.",
         height=bottom + 56 + _ROW * len(legend),
         marks=tuple(marks),
     )
@@ -171,8 +173,10 @@ def auc_chart(evidence: Evidence, *, cut_off: float) -> Chart | None:
         tone: Tone = "bad" if auc.low > cut_off else "first"
         marks.append(Label(place=(14, y + 12), text=f"{attack.title}: {auc.estimate:.3f}"))
         marks.append(Stroke(places=((across(auc.low), y + 21), (across(auc.high), y + 21)), tone=tone, width=2.4))
-        for end in (auc.low, auc.high):
-            marks.append(Stroke(places=((across(end), y + 17), (across(end), y + 25)), tone=tone, width=1.6))
+        marks.extend(
+            Stroke(places=((across(end), y + 17), (across(end), y + 25)), tone=tone, width=1.6)
+            for end in (auc.low, auc.high)
+        )
         marks.append(Area(places=_diamond(across(auc.estimate), y + 21, 4.5), tone=tone))
     legend: list[tuple[str, Tone, Dash, bool]] = [
         ("Chance", "quiet", (1, 4), False),

@@ -238,9 +238,7 @@ def _parse(file: Path) -> Any:
 
     try:
         text = file.read_text(encoding="utf-8")
-        return json.loads(
-            text, object_pairs_hook=unique, parse_float=finite, parse_int=whole, parse_constant=finite
-        )
+        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=whole, parse_constant=finite)
     except OSError as error:
         remedy = "name the audit.json of an audit that ended"
         raise BrokenReport(argument=file.name, value=type(error).__name__, remedy=remedy) from error

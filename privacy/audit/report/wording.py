@@ -19,14 +19,17 @@ HEADLINE: dict[Verdict, str] = {
 }
 
 MEANING: dict[Verdict, str] = {
-    "INVALID": "A check that every audit must pass has failed or was left out. The figures below are shown so that the "
+    "INVALID": "A check that every audit must pass has failed or was left out. The figures below are shown so "
+    "that the "
     "fault can be found; they must not be read as findings about the model, neither good nor bad. Repair what the "
     "reasons name and audit again.",
     "RED": "At least one test went beyond a cut-off that the site had set in advance. On the strength of this audit "
     "the model should not be released.",
-    "AMBER": "No test went beyond a red cut-off, and yet the model is not cleared: an attack does better than chance, "
+    "AMBER": "No test went beyond a red cut-off, and yet the model is not cleared: an attack does better than "
+    "chance, "
     "or too little was measured to exclude that one would. The reasons say which.",
-    "GREEN": "Every check of the audit itself was passed, and every attack stayed below the site's cut-offs. A stronger "
+    "GREEN": "Every check of the audit itself was passed, and every attack stayed below the site's cut-offs. A "
+    "stronger "
     "attack, or more patients, may still find what these did not.",
 }
 
@@ -81,7 +84,8 @@ def reach(attack: AttackOutcome) -> str:
     outcome = attack.outcome
     auc = outcome.patient_auc
     pairs = (
-        f"shown a patient who was trained on and one who was not, it picks the right one in {percent(auc.estimate)} of "
+        f"shown a patient who was trained on and one who was not, it picks the right one in "
+        f"{percent(auc.estimate)} of "
         f"all cases (95\u00a0%: {percent(auc.low)} to {percent(auc.high)}), where guessing has 50\u00a0%"
     )
     point = point_at(outcome.points, 0.01)
