@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import metadata
 
-from custom.commands import data, evaluate, ledger, plan, pretrain, receipt, sample, simulator_keys
+from custom.commands import audit, data, evaluate, ledger, plan, pretrain, receipt, release, sample, simulator_keys
 from custom.run_folder import RunFailed
 from custom.strict import ConfigError
 from medical_data.errors import MedicalDataError
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fedct {metadata.version('fedct')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (data, plan, pretrain, sample, evaluate, receipt, ledger, simulator_keys):
+    for command in (data, plan, pretrain, sample, evaluate, audit, release, receipt, ledger, simulator_keys):
         command.register(commands)
     options = parser.parse_args(arguments)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,9 +142,9 @@ class PooledAudit:
         sums = report.sums
         outcomes: dict[tuple[str, str], AttackOutcome] = {}
         for chosen in agreement.choices:
-            # A control or a blind test for which the sites let too few patients count is one that was not run.
-            with suppress(() if chosen.group == TARGET else Unattackable):
-                outcomes[chosen.group, chosen.attack] = self._attack(agreement, chosen, tuning, sums)
+            found = self._attack(agreement, chosen, tuning, sums)
+            if found is not None:
+                outcomes[chosen.group, chosen.attack] = found
         attacks, strongest = corrected([found for (group, _), found in outcomes.items() if group == TARGET])
         held_out, members = (int(count) for count in sums[PATIENTS])
         halves = sums[column_name("patients", TARGET, attacks[strongest].name)][attacks[strongest].reported].sum(axis=1)
@@ -175,7 +174,16 @@ class PooledAudit:
     def _columns(self) -> list[tuple[str, str]]:
         return [(group, attack) for group, attacks in self._layout.items() for attack in attacks]
 
-    def _attack(self, agreement: Agreement, chosen: AttackChoice, tuning: Sums, report: Sums) -> AttackOutcome:
+    def _attack(self, agreement: Agreement, chosen: AttackChoice, tuning: Sums, report: Sums) -> AttackOutcome | None:
+        """None of a control or blind test for which the sites let too few patients count: then it was not run."""
+        try:
+            return self._outcome(agreement, chosen, tuning, report)
+        except Unattackable:
+            if chosen.group == TARGET:
+                raise
+            return None
+
+    def _outcome(self, agreement: Agreement, chosen: AttackChoice, tuning: Sums, report: Sums) -> AttackOutcome:
         group, attack = chosen.group, chosen.attack
         settings = self._layout[group][attack]
         ranges = next(a.ranges for a in agreement.ranges if (a.group, a.attack) == (group, attack))

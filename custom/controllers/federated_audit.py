@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from nvflare.app_common.abstract.fl_model import FLModel
-from privacy.audit.report.html import write_html
-from privacy.audit.report.pdf import write_pdf
 
 from custom import tasks
 from custom.audit_counts import Agreement, audit_of, audit_shapes
@@ -42,6 +40,8 @@ from custom.strict import require
 from privacy.audit.decision import DecisionRule
 from privacy.audit.report.document import audit_of as decided
 from privacy.audit.report.document import write_json
+from privacy.audit.report.html import write_html
+from privacy.audit.report.pdf import write_pdf
 
 COMMAND = "nvflare simulator jobs/ct_audit"
 
@@ -125,9 +125,9 @@ class FederatedAudit(SecureFedAvg):
         self.info(f"{task}: asking {', '.join(sites)}")
         if experiment.secure_aggregation is not None:
             average = self._ask(task, arrays, header, sites, shapes, experiment)
-            return Collected(sums=average.mean(), by_site={}, sites=tuple(sorted(average.accepted)))
+            return Collected(sums=average.arrays, by_site={}, sites=tuple(sorted(average.accepted)))
         by_site = self._plain_counts(task, arrays, header, sites, shapes, experiment)
-        sums = {name: sum(counts[name] for counts in by_site.values()) for name in shapes}
+        sums = {name: np.sum([counts[name] for counts in by_site.values()], axis=0) for name in shapes}
         return Collected(sums=sums, by_site=by_site, sites=tuple(sorted(by_site)))
 
     def _plain_counts(

@@ -25,8 +25,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from privacy.audit.report.html import write_html
-from privacy.audit.report.pdf import write_pdf
 from tqdm import tqdm
 
 from custom.audit import audit_model
@@ -44,6 +42,8 @@ from custom.training import train_round
 from medical_data.cohort import Cohort, DataLimits, EmbeddedSource, FolderSource, prepare_cohort
 from privacy.audit.decision import DecisionRule
 from privacy.audit.report.document import Audit, audit_of, load_audit, write_json
+from privacy.audit.report.html import write_html
+from privacy.audit.report.pdf import write_pdf
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCANS = REPOSITORY.parent / "shared" / "ct"
@@ -122,7 +122,7 @@ def _summary(audit: Audit) -> dict[str, object]:
 
 def _table(audits: Mapping[str, Audit]) -> str:
     lines = [
-        "| model | members / held-outs, report half | strongest attack | patient-level AUC | TPR at 1 % FPR | verdict |",
+        "| model | members / held-outs reported on | strongest attack | patient-level AUC | TPR at 1 % FPR | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for name, audit in audits.items():

@@ -1,0 +1,77 @@
+"""MODEL_CARD.md: what travels with a released model or with samples of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from custom.model_file import ModelFile
+from privacy.audit.report.annex import LIMITS
+from privacy.audit.report.document import Audit
+
+_WHAT = {
+    "weights": "The weights of a diffusion model of CT images (`model.safetensors`, its configuration inside).",
+    "dicom": "Synthetic CT slices drawn from a diffusion model (`samples/`, DICOM, marked as SyntheticData). They are "
+    "no patient's scans.",
+}
+
+
+def model_card(model: ModelFile, audit: Audit, *, form: Literal["weights", "dicom"], withheld: int) -> str:
+    """The card, which says nothing of the patients that audit.json does not say.
+
+    Args:
+        model: that is released.
+        audit: of it.
+        form: in which.
+        withheld: samples that were left out.
+    """
+    evidence, decision, experiment = audit.evidence, audit.decision, model.experiment
+    patients = "\n".join(f"- {c.site}: {c.members} patients were among the audited members" for c in evidence.cohorts)
+    reasons = "\n".join(f"- {r.verdict}: {r.test}: {r.found} (cut-off: {r.cut_off})" for r in decision.reasons)
+    claimed = "none: no bound holds for any patient"
+    if evidence.privacy is not None:
+        claimed = f"ε = {evidence.privacy.epsilon:.2f}, δ = {evidence.privacy.delta:g}, for a patient of one site"
+    left_out = ""
+    if form == "dicom":
+        left_out = f"\n{withheld} samples were withheld because they are too close to a patient.\n"
+    size = "×".join([str(experiment.preprocess.size)] * experiment.preprocess.spatial_dims)
+    low, high = experiment.preprocess.window_hu
+    return f"""# {experiment.name}
+
+{_WHAT[form]}
+{left_out}
+## What it is
+
+- {size} pixels, window {low:g} to {high:g} HU; every body is scaled to the frame, so lengths mean nothing
+- trained in {model.rounds_done} rounds over the sites below; no scan left its site
+- differential privacy: {claimed}
+
+## Trained on
+
+{patients}
+
+## Use
+
+Meant for research on methods, teaching, and tests of software. Not meant for diagnosis, for any decision about a
+patient, or as a stand-in for a population: what the samples show is not how often it occurs.
+
+## Privacy audit
+
+**{decision.verdict}.** {decision.sentence}
+
+{reasons}
+
+What an audit cannot say:
+
+{chr(10).join(f"- {limit}" for limit in LIMITS)}
+
+## To verify
+
+`release.json` holds the SHA-256 of every file; `audit.json` that of the model ({evidence.model.model_sha256}), of its
+configuration ({evidence.model.config_sha256}) and of the sites' manifests. The audit was made with
+
+    {evidence.command}
+
+## Licence
+
+The code is Apache-2.0. The terms for these {"weights" if form == "weights" else "images"} are the sites' to state.
+"""

@@ -1,0 +1,166 @@
+"""A model, or samples of it, leaves: only with an audit of that very model that every site's policy accepts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from custom.audited_samples import audited_samples
+from custom.export import export_samples
+from custom.model_card import model_card
+from custom.model_file import ModelFile
+from custom.run_folder import file_sha256
+from privacy.audit.decision import decide
+from privacy.audit.evidence import Evidence
+from privacy.audit.policy import AuditPolicy
+from privacy.audit.report.document import Audit, write_json
+from privacy.errors import PrivacyError
+
+Form = Literal["weights", "dicom"]
+
+# Training scales every body to the frame: the pixel size that is written is nominal.
+NOMINAL_MM = (6.0, 6.0, 6.0)
+
+
+class ReleaseRefused(PrivacyError):
+    """What keeps a model from being released."""
+
+
+def check_release(
+    evidence: Evidence,
+    *,
+    model_sha256: str,
+    config_sha256: str,
+    sites: Mapping[str, tuple[str, AuditPolicy]],
+) -> None:
+    """Let a release pass, or raise.
+
+    Args:
+        evidence: of the audit; the verdict is reached anew, by each site's own cut-offs.
+        model_sha256: of the file that would be released.
+        config_sha256: of its experiment.
+        sites: by name the hash of the site's manifest as its data is today, and its policy.
+
+    Raises:
+        ReleaseRefused: an audit of another model, of other patients or of fewer sites; a site whose patients the audit
+            covers and who is not asked; or a verdict that a site does not accept.
+    """
+    model = evidence.model
+    for argument, theirs, ours in (
+        ("audit: model_sha256", model.model_sha256, model_sha256),
+        ("audit: config_sha256", model.config_sha256, config_sha256),
+    ):
+        remedy = f"the model's is {ours}; audit this very model"
+        _demand(theirs == ours, argument, theirs, remedy)
+    covered = {cohort.site: cohort.manifest_sha256 for cohort in evidence.cohorts}
+    unknown = [site for site, manifest in covered.items() if not manifest]
+    remedy = "its counts were summed under masks, so no manifest is known; run fedct audit where the patients are"
+    _demand(not unknown, "audit: manifest_sha256", unknown, remedy)
+    missing = sorted(set(sites) - set(covered))
+    _demand(not missing, "--site", missing, "the audit does not cover their patients; audit the model with them")
+    unasked = sorted(set(covered) - set(sites))
+    _demand(not unasked, "--site", sorted(sites), f"the model knows patients of {unasked}, too; name every site")
+    for site, (manifest, policy) in sites.items():
+        remedy = f"the data of {site} are others today than those that were audited; audit the model again"
+        _demand(covered[site] == manifest, "audit: manifest_sha256", covered[site], remedy)
+        decision = decide(evidence, policy.rule)
+        remedy = f"{site} accepts {list(policy.accept)} by its own cut-offs: {decision.sentence}"
+        _demand(decision.verdict in policy.accept, "verdict", decision.verdict, remedy)
+
+
+def release(
+    model: ModelFile,
+    file: Path,
+    audit: Audit,
+    out: Path,
+    *,
+    sites: Mapping[str, tuple[str, AuditPolicy]],
+    form: Form,
+    count: int,
+    device: torch.device,
+    progress: bool = False,
+) -> list[int]:
+    """Write the folder of a release, all of it or nothing.
+
+    Args:
+        model: as loaded from ``file``.
+        file: model.safetensors.
+        audit: of it.
+        out: must not exist yet.
+        sites: as in :func:`check_release`.
+        form: ``weights``, or ``dicom`` for a synthetic set.
+        count: samples of a synthetic set, before those are withheld that the audit names.
+        device: where to compute.
+        progress: show a bar on stderr.
+
+    Returns:
+        Samples that were withheld, ascending.
+
+    Raises:
+        ReleaseRefused: as :func:`check_release`; samples that were not screened; or volumes.
+    """
+    _demand(not out.exists(), "out", str(out), "choose a folder that is new")
+    check_release(audit.evidence, model_sha256=file_sha256(file), config_sha256=model.experiment.sha256, sites=sites)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        withheld: list[int] = []
+        if form == "weights":
+            shutil.copyfile(file, part / "model.safetensors")
+        else:
+            withheld = _write_samples(model, audit.evidence, part / "samples", count, device, progress)
+        write_json(part / "audit.json", audit)
+        card = model_card(model, audit, form=form, withheld=len(withheld))
+        (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+        receipt = {
+            "version": 1,
+            "form": form,
+            "sites": sorted(sites),
+            "withheld": withheld,
+            "files": {
+                path.relative_to(part).as_posix(): file_sha256(path)
+                for path in sorted(part.rglob("*"))
+                if path.is_file()
+            },
+        }
+        (part / "release.json").write_text(json.dumps(receipt, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return withheld
+
+
+def _write_samples(
+    model: ModelFile, evidence: Evidence, folder: Path, count: int, device: torch.device, progress: bool
+) -> list[int]:
+    dims = model.experiment.preprocess.spatial_dims
+    _demand(dims == 2, "spatial_dims", dims, "a synthetic set is of slices; release the weights of a 3D model")
+    screened = min((copies.samples for copies in evidence.copies), default=0)
+    _demand(screened > 0, "audit: copies", 0, "no samples were screened; audit with samples above 0")
+    remedy = f"the audit screened samples 0 … {screened - 1}; ask for fewer, or audit more"
+    _demand(1 <= count <= screened, "--count", count, remedy)
+    withheld = sorted({sample for copies in evidence.copies for sample in copies.withhold if sample < count})
+    _demand(len(withheld) < count, "--count", count, "every one of them is withheld as too close to a patient")
+    images = audited_samples(model, count=count, device=device, progress=progress)
+    export_samples(
+        np.delete(images, withheld, axis=0),
+        folder,
+        format="dicom",
+        window_hu=model.experiment.preprocess.window_hu,
+        spacing_mm=NOMINAL_MM,
+        seed=model.experiment.seed,
+    )
+    return withheld
+
+
+def _demand(holds: bool, argument: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ReleaseRefused(argument=argument, value=value, remedy=remedy)

@@ -1,0 +1,256 @@
+"""A release needs an audit of this very model, over these very patients, that every site accepts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+import torch
+
+from custom.cli import main
+from custom.config import ExperimentConfig
+from custom.diffusion.networks import build_network
+from custom.model_file import ModelFile, load_model, save_model
+from custom.release import ReleaseRefused, check_release, release
+from custom.run_folder import file_sha256
+from medical_data.cohort import DataLimits, EmbeddedSource, prepare_cohort
+from privacy.audit.decision import DecisionRule
+from privacy.audit.evidence import CohortIdentity, CopyOutcome, Evidence
+from privacy.audit.policy import AuditPolicy
+from privacy.audit.report.document import audit_of, write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "privacy" / "audit"))
+from evidence_example import clean, control
+
+CPU = torch.device("cpu")
+MANIFEST = "a" * 64
+SITES = {"site-1": (MANIFEST, AuditPolicy())}
+
+
+@dataclass(frozen=True)
+class Made:
+    model: ModelFile
+    file: Path
+    evidence: Evidence
+
+
+@pytest.fixture(scope="module")
+def made(experiment: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model and evidence that clears it."""
+    weights = dict(build_network(experiment.network, spatial_dims=2, seed=1).state_dict())
+    file = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_model(file, ModelFile(experiment=experiment, rounds_done=2, weights=weights, ema=weights))
+    identity = replace(clean().model, model_sha256=file_sha256(file), config_sha256=experiment.sha256)
+    cohort = CohortIdentity(site="site-1", manifest_sha256=MANIFEST, members=500, held_out=500, images=2000)
+    copies = CopyOutcome(
+        method="embedding",
+        samples=6,
+        copies=2,
+        copies_matched=2.0,
+        control_matched=2.0,
+        p_value=0.5,
+        withhold=(1, 4),
+    )
+    return Made(load_model(file), file, clean(model=identity, cohorts=(cohort,), copies=(copies,)))
+
+
+def check(made: Made, evidence: Evidence | None = None, **changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "model_sha256": made.evidence.model.model_sha256,
+        "config_sha256": made.evidence.model.config_sha256,
+        "sites": SITES,
+    }
+    check_release(evidence or made.evidence, **(arguments | changes))
+
+
+def test_a_cleared_model_passes(made: Made) -> None:
+    check(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_sha256": "0" * 64}, "audit this very model"),
+        ({"config_sha256": "0" * 64}, "audit this very model"),
+        ({"sites": {**SITES, "site-2": (MANIFEST, AuditPolicy())}}, "does not cover their patients"),
+        ({"sites": {"site-1": ("b" * 64, AuditPolicy())}}, "are others today"),
+        (
+            {"sites": {"site-1": (MANIFEST, AuditPolicy(rule=DecisionRule(green_auc=0.55)))}},
+            "accepts \\['GREEN'\\] by its own cut-offs",
+        ),
+        ({"sites": {"site-1": (MANIFEST, AuditPolicy(accept=()))}}, "accepts \\[\\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(made: Made, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ReleaseRefused, match=words):
+        check(made, **changes)
+
+
+def test_every_site_that_the_model_knows_is_asked(made: Made) -> None:
+    other = replace(made.evidence.cohorts[0], site="site-2")
+    with pytest.raises(ReleaseRefused, match=r"\['site-2'\], too; name every site"):
+        check(made, replace(made.evidence, cohorts=(*made.evidence.cohorts, other)))
+
+
+def test_an_audit_under_masks_knows_no_manifest(made: Made) -> None:
+    masked = replace(made.evidence.cohorts[0], manifest_sha256="")
+    with pytest.raises(ReleaseRefused, match="summed under masks"):
+        check(made, replace(made.evidence, cohorts=(masked,)))
+
+
+@pytest.mark.parametrize("accept", [("GREEN", "AMBER", "RED")])
+def test_an_invalid_audit_releases_nothing_whatever_is_accepted(made: Made, accept: tuple[Any, ...]) -> None:
+    sites = {"site-1": (MANIFEST, AuditPolicy(accept=accept))}
+    check(made, sites=sites)
+    with pytest.raises(ReleaseRefused, match="INVALID"):
+        check(made, replace(made.evidence, controls=(control("untrained", False),)), sites=sites)
+
+
+def released(made: Made, out: Path, **changes: Any) -> list[int]:
+    arguments: dict[str, Any] = {"sites": SITES, "form": "weights", "count": 6, "device": CPU}
+    evidence = changes.pop("evidence", made.evidence)
+    model = changes.pop("model", made.model)
+    return release(model, made.file, audit_of(evidence, DecisionRule()), out, **(arguments | changes))
+
+
+def test_weights_leave_with_card_audit_and_hashes(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert released(made, out) == []
+    assert file_sha256(out / "model.safetensors") == file_sha256(made.file)
+    receipt = json.loads((out / "release.json").read_text())
+    assert set(receipt["files"]) == {"model.safetensors", "audit.json", "MODEL_CARD.md"}
+    for name, sha256 in receipt["files"].items():
+        assert file_sha256(out / name) == sha256
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "no leakage detected by these attacks at this power" in card.lower()
+    assert "anonym" not in card.lower()
+    assert made.evidence.model.model_sha256 in card
+
+
+def test_samples_that_are_too_close_stay(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert released(made, out, form="dicom") == [1, 4]
+    files = sorted((out / "samples").rglob("*.dcm"))
+    assert len(files) == 4
+    names = {pydicom.dcmread(file).SeriesInstanceUID for file in files}
+    assert len(names) == 4
+    assert all(pydicom.dcmread(file).SyntheticData == "YES" for file in files)
+    everything = released(made, tmp_path / "all", form="dicom", evidence=_nothing_withheld(made))
+    assert everything == []
+    pixels = [pydicom.dcmread(f).PixelData for f in sorted((tmp_path / "all/samples").rglob("*.dcm"))]
+    kept = [pydicom.dcmread(f).PixelData for f in files]
+    assert kept == [pixels[index] for index in (0, 2, 3, 5)]
+
+
+def _nothing_withheld(made: Made) -> Evidence:
+    (copies,) = made.evidence.copies
+    return replace(made.evidence, copies=(replace(copies, withhold=(), copies=0),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"count": 7}, "screened samples 0 … 5"),
+        ({"count": 0}, "screened samples 0 … 5"),
+        ({"evidence": lambda e: replace(e, copies=())}, "no samples were screened"),
+        (
+            {"evidence": lambda e: replace(e, copies=(replace(e.copies[0], withhold=tuple(range(6))),))},
+            "every one of them is withheld",
+        ),
+    ],
+)
+def test_samples_that_were_not_screened_are_refused(
+    made: Made, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    spoil: Callable[[Evidence], Evidence] | None = changes.pop("evidence", None)
+    evidence = made.evidence if spoil is None else spoil(made.evidence)
+    sites = {"site-1": (MANIFEST, AuditPolicy(accept=("GREEN", "AMBER")))}
+    with pytest.raises(ReleaseRefused, match=words):
+        released(made, tmp_path / "out", form="dicom", evidence=evidence, sites=sites, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_volumes_are_refused_as_a_synthetic_set(made: Made, tmp_path: Path) -> None:
+    flat = made.model.experiment.preprocess
+    volumes = replace(flat, spatial_dims=3, spacing_mm=(1.0, 1.0, 1.0))
+    experiment = replace(made.model.experiment, preprocess=volumes)
+    identity = replace(made.evidence.model, config_sha256=experiment.sha256)
+    with pytest.raises(ReleaseRefused, match="of slices"):
+        released(
+            made,
+            tmp_path / "out",
+            form="dicom",
+            model=replace(made.model, experiment=experiment),
+            evidence=replace(made.evidence, model=identity),
+        )
+
+
+def test_nothing_is_overwritten(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseRefused, match="new"):
+        released(made, tmp_path)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def typed(made: Made, tmp_path: Path) -> dict[str, Path]:
+    """Model, audit and site file of a real, small cohort."""
+    source = EmbeddedSource(hospital=0, patients=8, slices=4, matrix=64, seed=1)
+    cohort = prepare_cohort(
+        source=source, preprocess=made.model.experiment.preprocess, limits=DataLimits(), home=tmp_path / "home"
+    )
+    identity = replace(made.evidence.cohorts[0], manifest_sha256=cohort.manifest_sha256)
+    audit = tmp_path / "audit.json"
+    write_json(audit, audit_of(replace(made.evidence, cohorts=(identity,)), DecisionRule()))
+    from policies import policy_toml
+
+    site_file = tmp_path / "sites.toml"
+    data = "data = { embedded = { hospital = 0, patients = 8, slices = 4, matrix = 64, seed = 1 } }"
+    site_file.write_text(f'[sites.site-1]\nhome = "home"\n{data}\n{policy_toml()}\n')
+    return {"audit": audit, "site_file": site_file, "out": tmp_path / "out"}
+
+
+def command(made: Made, typed: dict[str, Path]) -> int:
+    return main(
+        [
+            "release",
+            str(made.file),
+            str(typed["out"]),
+            "--audit",
+            str(typed["audit"]),
+            "--site-file",
+            str(typed["site_file"]),
+            "--site",
+            "site-1",
+            "--as",
+            "weights",
+        ]
+    )
+
+
+def test_the_command_releases(made: Made, typed: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(made, typed) == 0
+    assert (typed["out"] / "MODEL_CARD.md").is_file()
+
+
+def test_the_command_says_no(made: Made, typed: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    text = typed["site_file"].read_text()
+    typed["site_file"].write_text(text.replace("policy =", "audit = { rule = { green_auc = 0.55 } }\npolicy ="))
+    assert command(made, typed) == 1
+    assert "refused: verdict = 'AMBER'" in capsys.readouterr().err
+    assert not typed["out"].exists()
+
+
+def test_a_changed_audit_is_not_read(made: Made, typed: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(typed["audit"].read_text())
+    content["evidence"]["attacks"][0]["adjusted_p"] = 0.001
+    typed["audit"].write_text(json.dumps(content))
+    assert command(made, typed) == 2
+    assert "does not follow" in capsys.readouterr().err
