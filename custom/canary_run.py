@@ -25,7 +25,7 @@ from privacy.audit.canaries import CanarySet, draw_canaries, random_canaries
 from privacy.rng import SecureRandomness
 
 CONFIDENCE = 0.95  # of all bounds together
-LEVELS = (0.02, 0.05, 0.1, 0.2)  # of the timesteps at which a canary's gradient is held against an update, as shares
+LEVELS = (0.1, 0.3, 0.5, 0.7)  # of the timesteps at which a canary's gradient is held against an update, as shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ def run_with_canaries(
         timesteps=tuple(round(level * steps) for level in LEVELS),
         seed=experiment.seed,
         batch_size=16,
+        progress=progress,
     )
     each = 1 - (1 - CONFIDENCE) / 2  # two bounds that hold together
     delta, guesses = plan.config.delta, guess_grid(count)

@@ -171,9 +171,7 @@ class PrivacyPolicy:
         if plan is not None:
             self._check_plan(plan, patients)
 
-    def check_audit(
-        self, *, patients: int, leaves: Collection[str], secure_aggregation: Rules | None = None
-    ) -> None:
+    def check_audit(self, *, patients: int, leaves: Collection[str], secure_aggregation: Rules | None = None) -> None:
         """Let a federated audit pass before it scores a patient, or raise; nothing is trained in one.
 
         Args:

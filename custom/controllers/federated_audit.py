@@ -127,7 +127,7 @@ class FederatedAudit(SecureFedAvg):
             average = self._ask(task, arrays, header, sites, shapes, experiment)
             return Collected(sums=average.arrays, by_site={}, sites=tuple(sorted(average.accepted)))
         by_site = self._plain_counts(task, arrays, header, sites, shapes, experiment)
-        sums = {name: np.sum([counts[name] for counts in by_site.values()], axis=0) for name in shapes}
+        sums = {name: np.asarray(np.sum([counts[name] for counts in by_site.values()], axis=0)) for name in shapes}
         return Collected(sums=sums, by_site=by_site, sites=tuple(sorted(by_site)))
 
     def _plain_counts(
@@ -170,7 +170,7 @@ class FederatedAudit(SecureFedAvg):
         self, means: Mapping[str, NDArray[np.float64]], weight: float
     ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         """The sums of counts, exactly: what was decoded is their mean over ``weight`` sites."""
-        return {name: np.rint(mean * weight).astype(np.int64) for name, mean in means.items()}, {}
+        return {name: np.asarray(np.rint(mean * weight), dtype=np.int64) for name, mean in means.items()}, {}
 
     def _check_average(self, average: MaskedAverage, task: str, shapes: Shapes, experiment: ExperimentConfig) -> None:
         check_counts(average.arrays, shapes=shapes)

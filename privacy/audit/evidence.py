@@ -192,11 +192,13 @@ class InversionOutcome:
         seen: what the server sees: ``one site's update`` or ``the sum over 3 sites``.
         rdlv: relative data leakage value (arXiv:2202.06924); 0 or less means no more than the prior says.
         ssim: of the best reconstruction.
+        cosine: between the update and that of the reconstruction; below 1 the attack itself fell short.
     """
 
     seen: str
     rdlv: float
     ssim: float
+    cosine: float
 
 
 @dataclass(frozen=True, kw_only=True)

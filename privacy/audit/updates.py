@@ -142,16 +142,18 @@ def invert_update(
     """Redraw a small batch from the update that it caused.
 
     Minimises 1 − cos(Δ, −∇_w (1/B) Σ_b L(x_b, ε_b, t_b; w)) + α TV(x) over images x in [−1, 1]: Geiping et al. 2020
-    (arXiv:2003.14053), Eq. 4, by Adam on the signs of the gradient, for the loss of a diffusion model. TV is the mean
-    absolute difference of neighbouring voxels, summed over axes.
+    (arXiv:2003.14053), by Adam on the signs of the gradient, for the loss of a diffusion model. TV is the mean absolute
+    difference of neighbouring voxels, summed over axes.
 
     The attacker knows how many images there were and the timestep of each, which no server is told: to try candidates,
-    call it for each and keep the highest cosine. One who also knows the ``noise`` is the strongest there is, so what it
-    fails to redraw, a weaker one will not either, by this method. Without ``noise``, noise is sought together with the
-    images, from a standard normal start. One update of several steps is taken for one step.
+    call it for each and keep the highest cosine. One who also knows the ``noise`` is the strongest there is: an upper
+    bound on what weaker ones redraw by this method. Without ``noise``, noise is sought together with the images, from a
+    standard normal start. One update of several steps is taken for one step.
 
-    Access: weights before the round and the update. U-Net evaluations per image: about three times those of a gradient,
-    for each step.
+    Images that do not resemble the patient show little by themselves. α decides much: try several. A cosine clearly
+    below 1 for an update without noise says that the minimisation failed, not that the update says nothing.
+
+    Access: weights before the round and the update. For each step a gradient, and the derivative of that gradient.
 
     Args:
         loss: the training loss; twice differentiable.

@@ -231,7 +231,7 @@ def epsilon_chart(privacy: ClaimedPrivacy) -> Chart:
     marks.append(Label(place=(claim + shift, 15), text=f"claimed ε = {privacy.epsilon:.2f}", tone="ink", anchor=anchor))
     legend: list[tuple[str, Tone, Dash, bool]] = [("Claimed", "limit", (11, 3), False)]
     if rows:
-        legend.append(("Ruled out by canaries: the true ε is no smaller than the bar's end", "first", None, True))
+        legend.append(("Ruled out by canaries, up to the bar's end", "first", None, True))
     if any(bound.epsilon > privacy.epsilon for bound in rows):
         legend.append(("The same, beyond the claim: the claim does not hold", "bad", None, True))
     marks += _legend(legend, bottom + 40)

@@ -416,9 +416,17 @@ def _updates(evidence: Evidence) -> Section:
             ),
             Table(
                 caption="From one site's update, and from a sum, as secure aggregation leaves it",
-                columns=("What the server sees", "Relative data leakage value", "Structural similarity"),
-                rows=tuple((found.seen, f"{found.rdlv:.2f}", f"{found.ssim:.2f}") for found in evidence.inversions),
-                widths=(50, 25, 25),
+                columns=(
+                    "What the server sees",
+                    "Relative data leakage value",
+                    "Structural similarity",
+                    "Update matched",
+                ),
+                rows=tuple(
+                    (found.seen, f"{found.rdlv:.2f}", f"{found.ssim:.2f}", f"{found.cosine:.3f}")
+                    for found in evidence.inversions
+                ),
+                widths=(40, 22, 20, 18),
             ),
         ),
     )
