@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv demo test test-all check bench bench-dp bench-secagg clean
+.PHONY: help venv demo test test-all check bench bench-dp bench-secagg bench-audit clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +20,8 @@ $(BIN)/.installed-test: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[he,test]'
 	@# Google's accountant, a reference in tests, asks for an older attrs than the rest can use, and works with this one.
 	$(BIN)/python -m pip install --quiet --no-deps dp-accounting==0.6.0 dm-tree==0.1.10 immutabledict==4.3.1
+	@# jax-privacy's auditing module, a reference for bounds on epsilon, is read without the JAX that the rest of it needs.
+	$(BIN)/python -m pip install --quiet --no-deps jax-privacy==2.0.0
 	touch $@
 
 demo: venv ## train on the embedded cohort in NVFlare's simulator (10 minutes on 2 cores)
@@ -48,6 +50,9 @@ bench-dp: $(BIN)/.installed-test ## cost of differential privacy in time and mem
 bench-secagg: $(BIN)/.installed-test ## secure aggregation beside Flower's and CKKS, and what it adds to a round
 	$(BIN)/python tests/benchmarks/secagg.py
 	$(BIN)/python tests/benchmarks/secagg_round.py
+
+bench-audit: $(BIN)/.installed-test ## what the audit says of an overfitted, an untrained and a private model (an hour)
+	$(BIN)/python tests/benchmarks/audit.py runs/bench_audit
 
 clean: ## remove what can be made again; runs/ and sites/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,8 +14,8 @@ from privacy.audit.evidence import ClaimedPrivacy, ModelIdentity
 
 # What was done in each control, for the report.
 EXPLANATIONS = {
-    "overfitted": "The model, trained further on a few images of half of the held-out patients until it knows them by "
-    "heart, then attacked: that half against the other.",
+    "overfitted": "The model, trained further on a few images of some held-out patients until it knows them by "
+    "heart, then attacked: those against as many others.",
     "untrained": "The network before any training, with the same members and held-outs: it cannot remember anyone.",
     "shuffled": "The model itself, with membership dealt out at random among each site's patients.",
 }

@@ -32,7 +32,8 @@ from privacy.audit.queries import STRIDE
 from privacy.audit.stacking import stacked_scores
 
 BATCH = 64
-CONTROL_IMAGES = 2  # of each patient of the positive control: few enough to be learnt by heart
+# Of the positive control, so that it is learnt by heart: images of each patient, and patients of each kind.
+CONTROL_IMAGES, CONTROL_PATIENTS = 2, 20
 CONTROL_ATTACKS = ("loss", "sima", "pia")
 UNTRAINED_ATTACKS = ("sima", "pia")  # cheap: a network without a memory of anyone has none for any statistic
 REFERENCE_ATTACK = "loss"  # the statistic that reference models calibrate
@@ -359,13 +360,16 @@ def blind_group(population: Population, config: AuditConfig) -> Group:
 def populations(population: Population, seed: int) -> dict[str, Population]:
     """Whose images each group attacks; no positive control where there are too few held-outs for one.
 
-    Its members are half of the held-outs, with a few images each: patients whom nothing else has been trained on.
+    Its members are half of the held-outs, or the first few of them by their hash, with a few images each: patients whom
+    nothing else has been trained on.
     """
     of = dict.fromkeys((TARGET, UNTRAINED, BLIND), population) | {SHUFFLED: shuffled(population, seed=seed)}
-    held_out = np.flatnonzero(~population.member)
-    learnt = population.tuning_half(seed)[held_out]
-    if min(int(learnt.sum()), int((~learnt).sum())) < FEWEST_PATIENTS:
+    half = population.tuning_half(seed)
+    kinds = [_first(population, np.flatnonzero(~population.member & kind)) for kind in (half, ~half)]
+    if min(map(len, kinds)) < FEWEST_PATIENTS:
         return of
+    held_out = np.sort(np.concatenate(kinds))
+    learnt = half[held_out]
     rows = []
     for patient in held_out:
         own = np.flatnonzero(population.patient == patient)
@@ -379,6 +383,13 @@ def populations(population: Population, seed: int) -> dict[str, Population]:
         keys=tuple(population.keys[patient] for patient in held_out),
     )
     return of | {OVERFITTED: control}
+
+
+def _first(population: Population, patients: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those with the smallest SHA-256 of site and key, as many as a control takes."""
+    names = population.sites_and_keys
+    digests = {p: hashlib.sha256("\0".join(("control", *names[p])).encode()).digest() for p in patients.tolist()}
+    return np.array(sorted(digests, key=lambda p: digests[p])[:CONTROL_PATIENTS], dtype=np.int64)
 
 
 def rebuilt(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from privacy.audit.updates import gradient_cosine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from custom.strict import require
 from medical_data.cohort import Cohort
 from privacy.audit.bounds import EpsilonBound, fdp_epsilon, guess_grid, one_run_epsilon
 from privacy.audit.canaries import CanarySet, draw_canaries, random_canaries
+from privacy.audit.updates import gradient_cosine
 from privacy.rng import SecureRandomness
 
 CONFIDENCE = 0.95  # of all bounds together

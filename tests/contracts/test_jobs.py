@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from custom import tasks
+from custom.audit_counts import AUDIT_TASKS
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -111,6 +113,20 @@ def test_encrypted_jobs_open_sums_through_nvflares_decryptor() -> None:
 def test_encrypted_job_is_the_main_job_but_for_its_encryption() -> None:
     plain, encrypted = (ExperimentConfig.of_job(REPOSITORY / "jobs" / name) for name in ("ct_ddpm", "ct_ddpm_he"))
     assert replace(encrypted, name=plain.name, encryption=None) == plain
+
+
+def test_audit_job_attacks_what_the_main_job_trains() -> None:
+    """Network, images and schedule are the model's; sites would score another one otherwise."""
+    plain, audit = (ExperimentConfig.of_job(REPOSITORY / "jobs" / name) for name in ("ct_ddpm", "ct_audit"))
+    assert audit.audit is not None
+    assert audit.audit.model == plain.name
+    assert replace(audit, name=plain.name, audit=None) == plain
+
+
+def test_audit_job_names_every_task_of_an_audit() -> None:
+    client = json.loads((REPOSITORY / "jobs/ct_audit/app/config/config_fed_client.json").read_text())
+    (entry,) = client["executors"]
+    assert set(entry["tasks"]) == {*AUDIT_TASKS, tasks.SECAGG}
 
 
 def test_masked_job_is_the_main_job_but_for_its_masks() -> None:

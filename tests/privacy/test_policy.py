@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from privacy.errors import InvalidPlan
 from privacy.plan import AdaptiveClipping, DPConfig, DPPlan, calibrate
 from privacy.policy import Budget, Budgets, PolicyRefused, PrivacyPolicy
+from privacy.secagg.rules import Floor
 
 BUDGETS = Budgets(per_job=Budget(epsilon=4.0, delta=1e-3), total=Budget(epsilon=8.0, delta=2e-3))
 POLICY = PrivacyPolicy(
@@ -134,3 +135,19 @@ def test_more_privacy_never_turns_a_yes_into_a_no(
 def test_an_impossible_policy_cannot_be_made(wrong: Any, message: str) -> None:
     with pytest.raises(InvalidPlan, match=message):
         wrong()
+
+
+def test_an_audit_passes_by_its_own_rules_and_no_others() -> None:
+    """Nothing is trained: a site that requires differential privacy of a training may let counts of an audit leave."""
+    budgets = Budgets(per_job=Budget(epsilon=1.0, delta=1e-3), total=Budget(epsilon=1.0, delta=1e-3))
+    strict = PrivacyPolicy(required=True, budgets=budgets, min_patients=10, may_leave=("audit_counts",))
+    strict.check_audit(patients=10, leaves=["audit_counts"])
+    with pytest.raises(PolicyRefused, match="min_patients"):
+        strict.check_audit(patients=9, leaves=["audit_counts"])
+    silent = PrivacyPolicy(required=False, budgets=budgets)
+    with pytest.raises(PolicyRefused, match="may_leave"):
+        silent.check_audit(patients=10, leaves=["audit_counts"])
+    masks = Floor(peers=("a", "b", "c"), required=True)
+    masked = PrivacyPolicy(required=False, budgets=budgets, may_leave=("audit_counts",), secure_aggregation=masks)
+    with pytest.raises(PolicyRefused, match=r"secure_aggregation\.required"):
+        masked.check_audit(patients=10, leaves=["audit_counts"])
