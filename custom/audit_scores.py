@@ -23,7 +23,13 @@ from medical_data.cohort import Cohort, Part
 from medical_data.preprocess import evenly
 from privacy.audit.attacks import GREY_BOX, grey_box_scores
 from privacy.audit.blind import blind_scores
-from privacy.audit.calibration import difficulty_calibrated, difficulty_features, offline_rmia, quantile_calibrated
+from privacy.audit.calibration import (
+    FEWEST_CALIBRATING_PATIENTS,
+    difficulty_calibrated,
+    difficulty_features,
+    offline_rmia,
+    quantile_calibrated,
+)
 from privacy.audit.evidence import Access, Cost
 from privacy.audit.gradients import evaluations_per_image, gradient_norms
 from privacy.audit.population import FEWEST_PATIENTS, Population
@@ -212,6 +218,10 @@ class Scorer:
     def _calibrated(self, population: Population, target: Sequence[Scored]) -> list[Scored]:
         """Attacks that ask how hard an image is: of reference models, or of what it looks like."""
         loss = next(scored for scored in target if scored.name == REFERENCE_ATTACK)
+        found = [] if _few(population, self.config.seeds) else [self._quantile(population, loss)]
+        return found if not self.config.reference_steps else [*found, *self._referenced(population, loss)]
+
+    def _quantile(self, population: Population, loss: Scored) -> Scored:
         started = time.monotonic()
         features = difficulty_features(population.images)
         quantile = np.stack(
@@ -234,8 +244,7 @@ class Scorer:
             ]
         )
         self._cost("quantile regression", 0.0, time.monotonic() - started)
-        found = [_scored("quantile", quantile, loss.settings, loss.evaluations_per_image)]
-        return found if not self.config.reference_steps else [*found, *self._referenced(population, loss)]
+        return _scored("quantile", quantile, loss.settings, loss.evaluations_per_image)
 
     def _referenced(self, population: Population, loss: Scored) -> list[Scored]:
         """Against reference models: two, each trained on one half of the held-outs.
@@ -430,6 +439,12 @@ def layout(config: AuditConfig, schedule: Schedule) -> dict[str, dict[str, tuple
 
 def _fresh(experiment: ExperimentConfig, seed: int) -> torch.nn.Module:
     return build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=seed)
+
+
+def _few(population: Population, seeds: Sequence[int]) -> bool:
+    """Whether some tuning half has too few held-outs for a regression."""
+    counts = [int((~population.member & population.tuning_half(seed)).sum()) for seed in seeds]
+    return min(counts) < FEWEST_CALIBRATING_PATIENTS
 
 
 def _calibrating(population: Population, seed: int) -> NDArray[np.bool_]:

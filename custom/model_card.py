@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from custom.model_file import ModelFile
+from privacy.audit.decision import Decision
 from privacy.audit.report.annex import LIMITS
 from privacy.audit.report.document import Audit
 
@@ -15,22 +16,32 @@ _WHAT = {
 }
 
 
-def model_card(model: ModelFile, audit: Audit, *, form: Literal["weights", "dicom"], withheld: int) -> str:
+def model_card(
+    model: ModelFile, audit: Audit, *, strictest: Decision, form: Literal["weights", "dicom"], withheld: int
+) -> str:
     """The card, which says nothing of the patients that audit.json does not say.
 
     Args:
         model: that is released.
         audit: of it.
+        strictest: the worst verdict by the audit's cut-offs and by each site's.
         form: in which.
         withheld: samples that were left out.
     """
     evidence, decision, experiment = audit.evidence, audit.decision, model.experiment
     patients = "\n".join(f"- {c.site}: {c.members} patients were among the audited members" for c in evidence.cohorts)
-    reasons = "\n".join(f"- {r.verdict}: {r.test}: {r.found} (cut-off: {r.cut_off})" for r in decision.reasons)
-    claimed = "none: no bound holds for any patient"
+    worse = ""
+    if strictest.verdict != decision.verdict:
+        worse = (
+            f"\nBy the cut-offs of a site below it is **{strictest.verdict}**, which this site accepts. "
+            f"{strictest.sentence}\n\n{_reasons(strictest)}\n"
+        )
+    claimed = "no differential privacy: no bound holds for any patient"
     if evidence.privacy is not None:
         claimed = f"ε = {evidence.privacy.epsilon:.2f}, δ = {evidence.privacy.delta:g}, for a patient of one site"
-    left_out = ""
+    left_out = (
+        "\nFrom weights nothing can be withheld: whoever has them can draw every sample, the too close ones too.\n"
+    )
     if form == "dicom":
         left_out = f"\n{withheld} samples were withheld because they are too close to a patient.\n"
     size = "×".join([str(experiment.preprocess.size)] * experiment.preprocess.spatial_dims)
@@ -43,7 +54,7 @@ def model_card(model: ModelFile, audit: Audit, *, form: Literal["weights", "dico
 
 - {size} pixels, window {low:g} to {high:g} HU; every body is scaled to the frame, so lengths mean nothing
 - trained in {model.rounds_done} rounds over the sites below; no scan left its site
-- differential privacy: {claimed}
+- privacy that is claimed: {claimed}
 
 ## Trained on
 
@@ -58,8 +69,8 @@ patient, or as a stand-in for a population: what the samples show is not how oft
 
 **{decision.verdict}.** {decision.sentence}
 
-{reasons}
-
+{_reasons(decision)}
+{worse}
 What an audit cannot say:
 
 {chr(10).join(f"- {limit}" for limit in LIMITS)}
@@ -75,3 +86,7 @@ configuration ({evidence.model.config_sha256}) and of the sites' manifests. The 
 
 The code is Apache-2.0. The terms for these {"weights" if form == "weights" else "images"} are the sites' to state.
 """
+
+
+def _reasons(decision: Decision) -> str:
+    return "\n".join(f"- {r.verdict}: {r.test}: {r.found} (cut-off: {r.cut_off})" for r in decision.reasons)

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
+from custom.audit_evidence import claimed_privacy, model_identity
 from custom.audited_samples import audited_samples
 from custom.export import export_samples
 from custom.model_card import model_card
 from custom.model_file import ModelFile
 from custom.run_folder import file_sha256
-from privacy.audit.decision import decide
+from privacy.audit.decision import Decision, Verdict, decide
 from privacy.audit.evidence import Evidence
 from privacy.audit.policy import AuditPolicy
 from privacy.audit.report.document import Audit, write_json
@@ -27,6 +27,7 @@ Form = Literal["weights", "dicom"]
 
 # Training scales every body to the frame: the pixel size that is written is nominal.
 NOMINAL_MM = (6.0, 6.0, 6.0)
+WORST_FIRST: tuple[Verdict, ...] = ("INVALID", "RED", "AMBER", "GREEN")
 
 
 class ReleaseRefused(PrivacyError):
@@ -59,8 +60,9 @@ def check_release(
     ):
         remedy = f"the model's is {ours}; audit this very model"
         _demand(theirs == ours, argument, theirs, remedy)
-    covered = {cohort.site: cohort.manifest_sha256 for cohort in evidence.cohorts}
-    unknown = [site for site, manifest in covered.items() if not manifest]
+    _demand(bool(sites), "--site", sorted(sites), "name every site that the audit covers")
+    covered = {c.site: {d.manifest_sha256 for d in evidence.cohorts if d.site == c.site} for c in evidence.cohorts}
+    unknown = [site for site, manifests in covered.items() if "" in manifests]
     remedy = "its counts were summed under masks, so no manifest is known; run fedct audit where the patients are"
     _demand(not unknown, "audit: manifest_sha256", unknown, remedy)
     missing = sorted(set(sites) - set(covered))
@@ -69,8 +71,10 @@ def check_release(
     _demand(not unasked, "--site", sorted(sites), f"the model knows patients of {unasked}, too; name every site")
     for site, (manifest, policy) in sites.items():
         remedy = f"the data of {site} are others today than those that were audited; audit the model again"
-        _demand(covered[site] == manifest, "audit: manifest_sha256", covered[site], remedy)
+        _demand(covered[site] == {manifest}, "audit: manifest_sha256", sorted(covered[site]), remedy)
         decision = decide(evidence, policy.rule)
+        remedy = f"no policy can accept it: {decision.sentence}"
+        _demand(decision.verdict != "INVALID", "verdict", decision.verdict, remedy)
         remedy = f"{site} accepts {list(policy.accept)} by its own cut-offs: {decision.sentence}"
         _demand(decision.verdict in policy.accept, "verdict", decision.verdict, remedy)
 
@@ -104,20 +108,27 @@ def release(
         Samples that were withheld, ascending.
 
     Raises:
-        ReleaseRefused: as :func:`check_release`; samples that were not screened; or volumes.
+        ReleaseRefused: as :func:`check_release`; a checkpoint; an audit that says of the model what it is not; a file
+            that changes meanwhile; samples that were not screened; or volumes.
     """
     _demand(not out.exists(), "out", str(out), "choose a folder that is new")
-    check_release(audit.evidence, model_sha256=file_sha256(file), config_sha256=model.experiment.sha256, sites=sites)
+    sha256 = file_sha256(file)
+    check_release(audit.evidence, model_sha256=sha256, config_sha256=model.experiment.sha256, sites=sites)
+    _demand_finished(model, file)
+    _demand_true_claims(model, sha256, audit.evidence)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         withheld: list[int] = []
         if form == "weights":
             shutil.copyfile(file, part / "model.safetensors")
+            remedy = "it was changed while it was copied; try again"
+            _demand(file_sha256(part / "model.safetensors") == sha256, "model", file.name, remedy)
         else:
             withheld = _write_samples(model, audit.evidence, part / "samples", count, device, progress)
         write_json(part / "audit.json", audit)
-        card = model_card(model, audit, form=form, withheld=len(withheld))
+        strictest = _strictest(audit, sites)
+        card = model_card(model, audit, strictest=strictest, form=form, withheld=len(withheld))
         (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")
         receipt = {
             "version": 1,
@@ -149,16 +160,43 @@ def _write_samples(
     _demand(1 <= count <= screened, "--count", count, remedy)
     withheld = sorted({sample for copies in evidence.copies for sample in copies.withhold if sample < count})
     _demand(len(withheld) < count, "--count", count, "every one of them is withheld as too close to a patient")
-    images = audited_samples(model, count=count, device=device, progress=progress)
+    images = audited_samples(model, count=count, device=device, progress=progress).copy()
+    images[withheld] = -1.0  # blank, so that none of them is ever on disk
+    # All are exported and the blank ones removed, so that names and DerivationDescription give a sample's true index.
     export_samples(
-        np.delete(images, withheld, axis=0),
+        images,
         folder,
         format="dicom",
         window_hu=model.experiment.preprocess.window_hu,
         spacing_mm=NOMINAL_MM,
         seed=model.experiment.seed,
     )
+    for index in withheld:
+        shutil.rmtree(folder / f"sample_{index:04d}")
     return withheld
+
+
+def _demand_finished(model: ModelFile, file: Path) -> None:
+    """A checkpoint holds what no audit attacks: the weights before averaging, and the server's optimiser."""
+    averaged = all(torch.equal(tensor, model.ema[name]) for name, tensor in model.weights.items())
+    remedy = "it is a checkpoint; give the model.safetensors of a completed run, and its audit"
+    _demand(averaged and not model.optimizer, "model", file.name, remedy)
+
+
+def _demand_true_claims(model: ModelFile, model_sha256: str, evidence: Evidence) -> None:
+    """What the audit says of the model beside its hashes, above all ε, must be so: the card repeats it."""
+    remedy = "the model itself says otherwise; audit it again"
+    _demand(evidence.model == model_identity(model, model_sha256), "audit: model", evidence.model.experiment, remedy)
+    said = evidence.privacy
+    bounds, commitment = ((), None) if said is None else (said.lower_bounds, said.commitment)
+    claimed = claimed_privacy(model, lower_bounds=bounds, commitment=commitment)
+    _demand(said == claimed, "audit: privacy", None if said is None else said.epsilon, remedy)
+
+
+def _strictest(audit: Audit, sites: Mapping[str, tuple[str, AuditPolicy]]) -> Decision:
+    """The worst verdict, by the audit's own rule or a site's; the audit's own if none is worse."""
+    decisions = [audit.decision, *(decide(audit.evidence, policy.rule) for _, policy in sites.values())]
+    return min(decisions, key=lambda decision: WORST_FIRST.index(decision.verdict))
 
 
 def _demand(holds: bool, argument: str, value: object, remedy: str) -> None:

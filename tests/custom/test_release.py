@@ -13,10 +13,12 @@ import pydicom
 import pytest
 import torch
 
+from custom import release as module
+from custom.audit_evidence import claimed_privacy, model_identity
 from custom.cli import main
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
-from custom.model_file import ModelFile, load_model, save_model
+from custom.model_file import ModelFile, load_model, save_checkpoint, save_model
 from custom.release import ReleaseRefused, check_release, release
 from custom.run_folder import file_sha256
 from medical_data.cohort import DataLimits, EmbeddedSource, prepare_cohort
@@ -26,7 +28,7 @@ from privacy.audit.policy import AuditPolicy
 from privacy.audit.report.document import audit_of, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "privacy" / "audit"))
-from evidence_example import clean, control
+from evidence_example import claimed, clean, control
 
 CPU = torch.device("cpu")
 MANIFEST = "a" * 64
@@ -46,7 +48,7 @@ def made(experiment: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory)
     weights = dict(build_network(experiment.network, spatial_dims=2, seed=1).state_dict())
     file = tmp_path_factory.mktemp("model") / "model.safetensors"
     save_model(file, ModelFile(experiment=experiment, rounds_done=2, weights=weights, ema=weights))
-    identity = replace(clean().model, model_sha256=file_sha256(file), config_sha256=experiment.sha256)
+    identity = model_identity(load_model(file), file_sha256(file))
     cohort = CohortIdentity(site="site-1", manifest_sha256=MANIFEST, members=500, held_out=500, images=2000)
     copies = CopyOutcome(
         method="embedding",
@@ -112,6 +114,26 @@ def test_an_invalid_audit_releases_nothing_whatever_is_accepted(made: Made, acce
         check(made, replace(made.evidence, controls=(control("untrained", False),)), sites=sites)
 
 
+def test_no_site_is_not_every_site(made: Made) -> None:
+    with pytest.raises(ReleaseRefused, match="name every site"):
+        check(made, replace(made.evidence, cohorts=()), sites={})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_site_that_is_covered_twice_must_be_the_same_twice(made: Made, first: bool) -> None:
+    now = made.evidence.cohorts[0]
+    stale = replace(now, manifest_sha256="b" * 64)
+    with pytest.raises(ReleaseRefused, match="are others today"):
+        check(made, replace(made.evidence, cohorts=(stale, now) if first else (now, stale)))
+
+
+def test_no_policy_accepts_an_invalid_audit(made: Made) -> None:
+    policy = AuditPolicy()
+    object.__setattr__(policy, "accept", ("GREEN", "INVALID"))  # the constructor refuses it
+    with pytest.raises(ReleaseRefused, match="no policy can accept"):
+        check(made, replace(made.evidence, controls=()), sites={"site-1": (MANIFEST, policy)})
+
+
 def released(made: Made, out: Path, **changes: Any) -> list[int]:
     arguments: dict[str, Any] = {"sites": SITES, "form": "weights", "count": 6, "device": CPU}
     evidence = changes.pop("evidence", made.evidence)
@@ -146,6 +168,71 @@ def test_samples_that_are_too_close_stay(made: Made, tmp_path: Path) -> None:
     pixels = [pydicom.dcmread(f).PixelData for f in sorted((tmp_path / "all/samples").rglob("*.dcm"))]
     kept = [pydicom.dcmread(f).PixelData for f in files]
     assert kept == [pixels[index] for index in (0, 2, 3, 5)]
+
+
+def test_a_sample_is_named_by_its_own_index(made: Made, tmp_path: Path) -> None:
+    released(made, tmp_path / "out", form="dicom")
+    files = sorted((tmp_path / "out").rglob("*.dcm"))
+    assert [file.parent.name for file in files] == [f"sample_000{index}" for index in (0, 2, 3, 5)]
+    said = [pydicom.dcmread(file).DerivationDescription.rsplit(" ", 1)[-1] for file in files]
+    assert said == ["0", "2", "3", "5"]
+
+
+def test_a_checkpoint_is_not_what_was_attacked(made: Made, tmp_path: Path) -> None:
+    raw = {name: tensor + 1 for name, tensor in made.model.weights.items()}
+    for number, part in enumerate(({"weights": raw}, {"optimizer": {"step": torch.ones(1)}})):
+        file = tmp_path / f"{number}.safetensors"
+        save_checkpoint(file, replace(made.model, **part))
+        evidence = replace(made.evidence, model=model_identity(load_model(file), file_sha256(file)))
+        with pytest.raises(ReleaseRefused, match="it is a checkpoint"):
+            released(replace(made, model=load_model(file), file=file), tmp_path / "out", evidence=evidence)
+
+
+def test_a_file_that_changes_meanwhile_is_not_released(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.shutil, "copyfile", lambda _, to: to.write_bytes(b"another"))
+    with pytest.raises(ReleaseRefused, match="changed while it was copied"):
+        released(made, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda e: replace(e, privacy=claimed(7.9)),
+        lambda e: replace(e, model=replace(e.model, rounds_done=3)),
+        lambda e: replace(e, model=replace(e.model, schedule_sha256="0" * 64)),
+    ],
+)
+def test_the_card_repeats_no_false_claim(made: Made, tmp_path: Path, spoil: Callable[[Evidence], Evidence]) -> None:
+    with pytest.raises(ReleaseRefused, match="the model itself says otherwise"):
+        released(made, tmp_path / "out", evidence=spoil(made.evidence))
+
+
+def test_what_is_claimed_stands_in_the_card(made: Made, private_experiment: ExperimentConfig, tmp_path: Path) -> None:
+    released(made, tmp_path / "plain")
+    assert "no differential privacy" in (tmp_path / "plain" / "MODEL_CARD.md").read_text()
+    file = tmp_path / "private.safetensors"
+    save_model(file, replace(made.model, experiment=private_experiment))
+    model = load_model(file)
+    privacy = claimed_privacy(model, lower_bounds=(), commitment=None)
+    assert privacy is not None
+    evidence = replace(made.evidence, model=model_identity(model, file_sha256(file)), privacy=privacy)
+    private = replace(made, model=model, file=file)
+    released(private, tmp_path / "private", evidence=evidence)
+    assert f"ε = {privacy.epsilon:.2f}" in (tmp_path / "private" / "MODEL_CARD.md").read_text()
+    with pytest.raises(ReleaseRefused, match="the model itself says otherwise"):
+        released(private, tmp_path / "less", evidence=replace(evidence, privacy=replace(privacy, epsilon=0.5)))
+
+
+def test_a_sites_worse_verdict_stands_in_the_card(made: Made, tmp_path: Path) -> None:
+    strict = AuditPolicy(accept=("GREEN", "AMBER"), rule=DecisionRule(green_auc=0.55))
+    released(made, tmp_path / "out", sites={"site-1": (MANIFEST, strict)})
+    card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+    assert "**GREEN.**" in card
+    assert "**AMBER**" in card
+    assert "at most 0.55" in card
 
 
 def _nothing_withheld(made: Made) -> Evidence:
