@@ -1,12 +1,12 @@
-"""The report of an audit, written once as plain blocks for every form in which it is read."""
+"""The report's content, once: from an audit to blocks that HTML and PDF render."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-from privacy.audit.decision import ACCESS, NO_LEAK
-from privacy.audit.evidence import Access, AttackOutcome, ClaimedPrivacy, Evidence, SeedOutcome
-from privacy.audit.report import annex, wording
+from privacy.audit.decision import ACCESS, DecisionRule
+from privacy.audit.evidence import Access, AttackOutcome, ClaimedPrivacy, Evidence
+from privacy.audit.report.annex import GLOSSARY, LIMITS, dpia
 from privacy.audit.report.blocks import (
     Alert,
     Block,
@@ -14,6 +14,7 @@ from privacy.audit.report.blocks import (
     Command,
     Details,
     Facts,
+    Heading,
     Paragraph,
     Pictures,
     Report,
@@ -23,557 +24,455 @@ from privacy.audit.report.blocks import (
 from privacy.audit.report.charts import auc_chart, epsilon_chart, ranked, roc_chart
 from privacy.audit.report.document import Audit
 from privacy.audit.report.gallery import WARNING, Gallery
-from privacy.audit.report.wording import area, count, p_value, percent, true_positives
+from privacy.audit.report.wording import (
+    HEADLINE,
+    LADDER,
+    MEANING,
+    area,
+    count,
+    p_value,
+    percent,
+    reach,
+    strongest,
+    target,
+    true_positives,
+)
 
-_RELEASE: dict[Access, tuple[str, str]] = {
-    "samples": ("Samples only", "images drawn from the model; the model stays where it is"),
-    "api": ("Queries", "an interface through which the denoiser can be asked; and its samples"),
-    "weights": ("The weights", "the model's file: samples, queries and gradients of whatever is wished"),
-    "updates": ("The updates of every round", "what the server sees in training: all intermediate models, and more"),
+RELEASES: dict[Access, tuple[str, str]] = {
+    "samples": ("Samples only", "Somebody gets synthetic images and nothing else."),
+    "api": ("Access to the model through an interface", "Somebody may ask the model about images of their choice."),
+    "weights": ("The weights", "Somebody gets the model file: a copy that cannot be called back."),
+    "updates": ("The updates of every round", "A server, or whoever reads its disk, sees what sites send in training."),
 }
 
 
-def report_of(audit: Audit, *, gallery: Gallery | None = None) -> Report:
-    """The whole report.
+def report_of(audit: Audit, gallery: Gallery | None) -> Report:
+    """All that is said of an audit.
 
     Args:
-        audit: as in audit.json.
-        gallery: images of patients beside the samples that resemble them: for the site's own copy alone.
+        audit: evidence, rule and decision.
+        gallery: pairs of samples and patients, for the site's own copy only.
     """
     evidence, decision = audit.evidence, audit.decision
-    scope = "one machine saw all images" if evidence.scope == "central" else "sites kept their images and sent counts"
-    sites = ", ".join(cohort.site for cohort in evidence.cohorts)
-    sections = (
+    sections = [
         _reasons(audit),
-        _audited(evidence),
-        _threat_model(audit),
-        _curves(audit),
-        _attacks(evidence),
+        _subject(evidence),
+        _threats(evidence),
+        _attacks(evidence, audit.rule),
         _worst(evidence),
-        _controls(evidence),
-        _blind(evidence),
+        _checks(evidence),
         _copies(evidence, gallery),
-        _privacy(evidence),
-        _inversion(evidence),
+        _privacy(evidence.privacy),
+        _updates(evidence),
         _sites(evidence),
-        _cost(evidence),
-        annex.limits(evidence, audit.rule),
-        annex.assessment(evidence),
-        _provenance(evidence),
-        annex.glossary(),
-    )
+        Section(name="limits", title="What this audit cannot say", blocks=(Bullets(LIMITS),)),
+        Section(name="annex", title="Annex: input to a data protection impact assessment", blocks=dpia(evidence)),
+        _rerun(evidence),
+        Section(name="glossary", title="Words", blocks=(Facts(GLOSSARY),)),
+    ]
+    names = ", ".join(cohort.site for cohort in evidence.cohorts)
     return Report(
-        title=f"Privacy audit of {evidence.model.experiment}",
-        subtitle=f"{evidence.created}; patients of {sites}; {evidence.scope}: {scope}",
+        title=f"Membership-inference audit of {evidence.model.experiment}",
+        subtitle=f"{evidence.created}; patients of {names}",
         created=evidence.created,
         verdict=decision.verdict,
-        headline=wording.HEADLINE[decision.verdict],
+        headline=HEADLINE[decision.verdict],
         sentence=decision.sentence,
-        meaning=wording.MEANING[decision.verdict],
-        summary=Facts(tuple(_summary(evidence))),
+        meaning=MEANING[decision.verdict],
+        summary=_summary(evidence),
         warning="" if gallery is None else WARNING,
-        sections=sections,
+        sections=tuple(section for section in sections if section.blocks),
     )
 
 
-def _summary(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    if evidence.attacks:
-        yield "Strongest attack", wording.reach(evidence.attacks[evidence.strongest])
-    else:
-        yield "Strongest attack", "No attack was run."
-    patients = f"{evidence.report_members} members, {evidence.report_held_out} held-outs"
-    yield "Patients behind the figures", f"{patients}, none of whom helped to choose an attack's settings."
-    over = [f"{copies.copies} of {copies.samples} by {copies.method}" for copies in evidence.copies]
-    yield "Samples too close to a patient", "; ".join(over) or "No samples were screened."
-    claim = evidence.privacy
-    if claim is None:
-        yield "Claimed privacy", "None: no theorem bounds what a stronger attack could find."
-    else:
-        largest = max((bound.epsilon for bound in claim.lower_bounds), default=None)
-        found = "nothing was measured against it" if largest is None else f"canaries show at least {largest:.2f}"
-        yield "Claimed privacy", f"ε = {claim.epsilon:.2f} at δ = {claim.delta:.3g} for each patient; {found}."
+def _summary(evidence: Evidence) -> Facts:
+    attack = evidence.attacks[evidence.strongest]
+    rows = [
+        ("Strongest attack", f"{attack.title}, with {ACCESS[attack.access]}"),
+        ("Patient-level AUC (chance: 0.500)", area(attack.outcome.patient_auc)),
+        ("Patients named at 1\u00a0% false alarms", true_positives(attack.outcome.points, 0.01)),
+        (
+            "Patients reported on",
+            f"{evidence.report_members} members, {evidence.report_held_out} held out "
+            f"(choices were made on {evidence.tuning_members} and {evidence.tuning_held_out} others)",
+        ),
+    ]
+    if evidence.privacy is not None:
+        rows.append(("Claimed differential privacy", _claim(evidence.privacy)))
+    return Facts(tuple(rows))
+
+
+def _claim(privacy: ClaimedPrivacy) -> str:
+    return f"ε = {privacy.epsilon:.2f} at δ = {privacy.delta:g}, for a patient of one site"
 
 
 def _reasons(audit: Audit) -> Section:
+    rows = tuple((r.test, r.verdict, r.found, r.cut_off, r.meaning) for r in audit.decision.reasons)
     rule = audit.rule
-    reasons = tuple((r.test, r.verdict, r.found, r.cut_off, r.meaning) for r in audit.decision.reasons)
-    found = "Tests that were passed" if audit.decision.verdict == "GREEN" else "Tests that were not passed, worst first"
-    cut_offs = (
-        ("INVALID", "blind test, controls", "any that was not run or gave the wrong answer", "Nothing else counts."),
+    cut_offs = Facts(
         (
-            "RED",
-            "TPR at 1\u00a0% FPR",
-            f"lower end of an interval above {wording.target(rule.red_tpr_at_1_percent)}",
-            "So many patients could be named with one false alarm in a hundred.",
-        ),
-        ("RED", "lower bound on ε", "above the claimed ε", "The claimed differential privacy does not hold."),
-        (
-            "RED",
-            "copies",
-            f"p below {rule.significance:g}, shared between the measures of likeness",
-            "Samples repeat members more often than they resemble patients the model never saw.",
-        ),
-        (
-            "AMBER",
-            "any attack",
-            f"corrected p below {rule.significance:g}",
-            "An attack does better than chance, though perhaps by little.",
-        ),
-        (
-            "AMBER",
-            "power",
-            f"upper end of an AUC above {rule.green_auc:g}, or of a TPR at 1\u00a0% FPR above "
-            f"{wording.target(rule.green_tpr_at_1_percent)}, or one of them not measurable; or no samples screened",
-            "Too little was measured to exclude a leak of that size.",
-        ),
-        ("GREEN", "all of them", "none of the above", f"{NO_LEAK[0].upper()}{NO_LEAK[1:]}."),
-    )
-    return Section(
-        name="reasons",
-        title="Why this verdict",
-        blocks=(
-            Table(found, ("Test", "Asks for", "Found", "Cut-off", "In words"), reasons, (22, 11, 24, 20, 33)),
-            Details(
-                "The rule, with every cut-off",
-                (
-                    Paragraph(
-                        "The verdict follows from the figures by this rule and by nothing else. The site sets the "
-                        "cut-offs in its policy; whoever reads audit.json computes the verdict again."
-                    ),
-                    Table(
-                        "Cut-offs of this audit", ("Verdict", "Looks at", "If", "Because"), cut_offs, (11, 20, 42, 37)
-                    ),
-                ),
+            ("INVALID", "A patient or image on both sides, a failed blind test, or a control with the wrong answer."),
+            (
+                "RED",
+                "A lower bound on ε above the claim; or, with 95\u00a0% confidence, more than "
+                f"{target(rule.red_tpr_at_1_percent)} of the patients named at 1\u00a0% false alarms; or "
+                f"significantly "
+                "more copies of members than of held-outs.",
             ),
+            (
+                "AMBER",
+                f"An attack above chance (corrected p below {rule.significance:g}), or too few patients to "
+                f"exclude what "
+                "GREEN excludes.",
+            ),
+            (
+                "GREEN",
+                f"With 95\u00a0% confidence and for every attack: patient-level AUC at most "
+                f"{rule.green_auc:.2f}, at most "
+                f"{target(rule.green_tpr_at_1_percent)} of the patients named at 1\u00a0% false alarms, and no "
+                f"excess of "
+                "copies.",
+            ),
+        )
+    )
+    blocks: tuple[Block, ...] = (
+        Table(
+            caption="Tests that decided the verdict, worst first",
+            columns=("Test", "Demands", "Found", "Cut-off", "Meaning"),
+            rows=rows,
+            widths=(20, 11, 24, 18, 27),
         ),
+        Details("The rule that was applied, as the site set it", (cut_offs,)),
     )
+    return Section(name="reasons", title="Why this verdict", blocks=blocks)
 
 
-def _audited(evidence: Evidence) -> Section:
-    model = evidence.model
-    cohorts = tuple((c.site, str(c.members), str(c.held_out), str(c.images)) for c in evidence.cohorts)
-    halves = (
-        ("Tuning half", str(evidence.tuning_members), str(evidence.tuning_held_out), "chooses settings and thresholds"),
-        ("Report half", str(evidence.report_members), str(evidence.report_held_out), "gives every figure shown"),
-    )
+def _subject(evidence: Evidence) -> Section:
+    where = {
+        "central": "One machine held the images of all sites named here.",
+        "federated": "Patients stayed at their sites, which scored them and sent counts; the server added them up.",
+    }
     blocks: list[Block] = [
-        Facts(
-            (
-                ("Model", f"{model.experiment}, after {model.rounds_done} rounds of training"),
-                ("Members", "patients whom the model was trained on"),
-                ("Held-outs", "patients of the same sites whom it never saw; the attacks must tell the two apart"),
-            )
+        Paragraph(
+            "Members are patients whom the model was trained on; held-outs are patients of the same sites, "
+            "prepared in "
+            "the same way, whom it never saw. An attack gets an image and guesses which kind it is. "
+            + where[evidence.scope]
         ),
-        Table("Patients", ("Site", "Members", "Held-outs", "Images"), cohorts, (40, 20, 20, 20)),
-        Table("Two halves, split by patient", ("Half", "Members", "Held-outs", "Use"), halves, (24, 18, 18, 40)),
+        Table(
+            caption="Patients",
+            columns=("Site", "Members", "Held out", "Images"),
+            rows=tuple((c.site, str(c.members), str(c.held_out), str(c.images)) for c in evidence.cohorts),
+            widths=(40, 20, 20, 20),
+        ),
     ]
-    if evidence.scope == "federated":
+    if evidence.suppressed:
         blocks.append(
             Paragraph(
-                "Images and scores stayed at the sites, which sent counts. Cells that stood for fewer patients than a "
-                f"site's minimum were merged with their neighbours before anything left: {evidence.suppressed} cells. "
-                "Merging makes curves coarser."
+                f"{evidence.suppressed} patients were counted in a neighbouring cell, because too few stood in "
+                f"their own "
+                "for the site to let the count go; figures are off by no more than that."
             )
         )
-    return Section(name="audited", title="What was audited", blocks=tuple(blocks))
+    return Section(name="subject", title="What was audited", blocks=tuple(blocks))
 
 
-def _threat_model(audit: Audit) -> Section:
-    evidence = audit.evidence
-    rows = []
-    for access in wording.LADDER:
-        able = [a for a in evidence.attacks if wording.LADDER.index(a.access) <= wording.LADDER.index(access)]
-        title, given = _RELEASE[access]
-        others = ["the copy screen"] if evidence.copies else []
-        others += ["update inversion"] if access == "updates" and evidence.inversions else []
-        names = [attack.title for attack in able] + others
-        rows.append((title, given, "; ".join(names) or "none was run", _in_words(evidence, access)))
-    return Section(
-        name="threat-model",
-        title="Who could attack, and how far these attacks get",
-        blocks=(
-            *_caution(audit),
-            Paragraph(
-                "What an attacker can do depends on what is released. Each row can also do everything that stands in the "
-                "rows above it. The strongest attack is the one that did best on the tuning half."
-            ),
-            Table(
-                "By what is released",
-                ("Released", "The attacker holds", "Attacks that apply", "Strongest result"),
-                tuple(rows),
-                (14, 22, 30, 44),
-            ),
-        ),
-    )
-
-
-def _in_words(evidence: Evidence, access: Access) -> str:
-    attack = wording.strongest(evidence.attacks, access)
-    said = [f"No attack was run that works with {ACCESS[access]} alone." if attack is None else wording.reach(attack)]
-    if access == "samples":
-        said += [
-            f"{copies.copies} of {copies.samples} samples are too close to a member." for copies in evidence.copies
-        ]
-    if access == "updates":
-        said += [
-            f"From {inversion.seen}, redrawn images have a data leakage value of {inversion.rdlv:.2f}."
-            for inversion in evidence.inversions
-        ]
-    return " ".join(said)
-
-
-def _caution(audit: Audit) -> Iterator[Block]:
-    if audit.decision.verdict == "INVALID":
-        yield Alert("Not findings", "This audit is invalid: the figures of this section say nothing about the model.")
-
-
-def _curves(audit: Audit) -> Section:
-    evidence = audit.evidence
-    blocks: list[Block] = [*_caution(audit)]
-    roc, auc = roc_chart(evidence), auc_chart(evidence, cut_off=audit.rule.green_auc)
-    if roc is None:
-        blocks.append(Paragraph("No attack has a curve."))
-    else:
-        blocks.append(
-            Paragraph(
-                "Privacy is lost at the left edge: there few others are accused wrongly, and an accusation is worth "
-                "something. A curve on the dotted diagonal is guessing. Bands hold at each rate by itself, not for the "
-                "whole curve at once."
-            )
+def _threats(evidence: Evidence) -> Section:
+    blocks: list[Block] = [
+        Paragraph(
+            "Whoever is given more can do all that comes before it. The strongest attack at each step is the "
+            "one that "
+            "did best on the patients who were set aside for choosing."
         )
-        if evidence.privacy is not None:
-            blocks.append(
-                Paragraph(
-                    "If the claimed (ε, δ) holds, no attack on one patient can lie above the ceiling: TPR ≤ e^ε FPR + δ "
-                    "and 1 - FPR ≤ e^ε (1 - TPR) + δ."
-                )
-            )
-        blocks.append(roc)
-    if auc is not None:
-        blocks.append(auc)
-    return Section(name="roc", title="How well the attacks do", blocks=tuple(blocks))
+    ]
+    copies = evidence.copies
+    for access in LADDER:
+        title, text = RELEASES[access]
+        attack = strongest(evidence.attacks, access)
+        said = "No attack of this kind was run." if attack is None else f"Strongest: {reach(attack)}"
+        if access == "samples":
+            screens = [f"{c.copies} of {c.samples} samples are candidates by {c.method}" for c in copies]
+            said = f"Copy screen: {'; '.join(screens)}." if screens else "No samples were screened."
+        elif access == "updates" and not any(a.access == "updates" for a in evidence.attacks):
+            said = "No attack on updates was run; at least what holds for the weights holds here."
+        blocks += [Heading(title), Paragraph(f"{text} {said}")]
+    return Section(name="threats", title="What is exposed by what is released", blocks=tuple(blocks))
 
 
-def _attacks(evidence: Evidence) -> Section:
-    if not evidence.attacks:
-        return Section(name="attacks", title="The attacks", blocks=(Paragraph("No attack was run."),))
-    what, found = [], []
-    for attack in ranked(evidence):
-        outcome = attack.outcome
-        paper = f"arXiv:{attack.paper}" if attack.paper else "none"
-        evaluations = f"{attack.evaluations_per_image:g}"
-        what.append((attack.title, ACCESS[attack.access], attack.statistic, paper, _setting(outcome), evaluations))
-        found.append(
-            (
-                attack.title,
-                area(outcome.patient_auc),
-                area(outcome.slice_auc),
-                true_positives(outcome.points, 0.1),
-                true_positives(outcome.points, 0.01),
-                p_value(attack.adjusted_p),
-            )
+def _attacks(evidence: Evidence, rule: DecisionRule) -> Section:
+    blocks: list[Block] = [
+        Paragraph(
+            "Timesteps, signs and thresholds were chosen on one half of the patients; every figure is of the "
+            "other half. "
+            "An attack is repeated with several seeds, which also split the patients anew; the seed with the "
+            "median AUC "
+            "is reported."
         )
-    return Section(
-        name="attacks",
-        title="The attacks",
-        blocks=(
-            Table(
-                "What each attack found, with 95\u00a0% intervals",
+    ]
+    blocks += [chart for chart in (roc_chart(evidence), auc_chart(evidence, cut_off=rule.green_auc)) if chart]
+    blocks.append(
+        Table(
+            caption="Attacks at patient level, strongest on tuning data first; intervals are 95\u00a0%",
+            columns=("Attack", "AUC", "TPR at 10\u00a0% FPR", "TPR at 1\u00a0% FPR", "p, corrected"),
+            rows=tuple(
                 (
-                    "Attack",
-                    "AUC, patients",
-                    "AUC, slices",
-                    "TPR at 10\u00a0% FPR",
-                    "TPR at 1\u00a0% FPR",
-                    f"p, corrected for {len(evidence.attacks)} attacks",
-                ),
-                tuple(found),
-                (28, 20, 20, 22, 24, 16),
+                    attack.title,
+                    area(attack.outcome.patient_auc),
+                    true_positives(attack.outcome.points, 0.1),
+                    true_positives(attack.outcome.points, 0.01),
+                    p_value(attack.adjusted_p),
+                )
+                for attack in ranked(evidence)
             ),
-            Table(
-                "What each attack computes",
-                ("Attack", "The attacker holds", "Statistic", "Paper", "Setting chosen", "U-Net evaluations an image"),
-                tuple(what),
-                (24, 18, 34, 18, 20, 16),
-            ),
-            Paragraph(
-                "Every attack was run under several seeds, each with its own split and noise. The figures above are those "
-                "of the seed whose AUC is the median; all of them stand here."
-            ),
-            *(_seeds(attack) for attack in ranked(evidence)),
-        ),
-    )
-
-
-def _seeds(attack: AttackOutcome) -> Details:
-    rows = tuple(
-        (
-            f"{outcome.seed}{' (shown above)' if index == attack.reported else ''}",
-            _setting(outcome),
-            f"{outcome.tuning_auc:.3f}",
-            area(outcome.patient_auc),
-            area(outcome.slice_auc),
-            p_value(outcome.p_value),
-            true_positives(outcome.points, 0.1),
-            true_positives(outcome.points, 0.01),
-            true_positives(outcome.slice_points, 0.01),
+            widths=(22, 22, 23, 23, 10),
         )
-        for index, outcome in enumerate(attack.seeds)
     )
-    columns = (
-        "Seed",
-        "Setting chosen",
-        "AUC, tuning half",
-        "AUC, patients",
-        "AUC, slices",
-        "p",
-        "TPR at 10\u00a0% FPR",
-        "TPR at 1\u00a0% FPR",
-        "TPR at 1\u00a0% FPR, slices",
-    )
-    return Details(
-        f"{attack.title}: all {len(rows)} seeds",
-        (
-            Table(f"{attack.title} under each seed", columns, rows, (10, 16, 11, 15, 15, 9, 16, 17, 17)),
-            Paragraph(
-                f"Over the seeds together p = {p_value(attack.p_value)} (twice the median), corrected "
-                f"{p_value(attack.adjusted_p)}. The AUC of the tuning half is optimistic: the choices were made on it. "
-                "Intervals of true positive rates over slices take slices for independent, which they are not."
+    blocks.append(Details("How each attack works, and all seeds", tuple(_each(ranked(evidence)))))
+    return Section(name="attacks", title="Attacks", blocks=tuple(blocks))
+
+
+def _each(attacks: Iterable[AttackOutcome]) -> Iterable[Block]:
+    for attack in attacks:
+        yield Heading(attack.title)
+        yield Facts(
+            (
+                ("Statistic", attack.statistic),
+                ("Source", attack.paper),
+                ("The attacker holds", ACCESS[attack.access]),
+                ("U-Net evaluations per image", count(attack.evaluations_per_image)),
+            )
+        )
+        yield Table(
+            caption=f"{attack.title}: every seed",
+            columns=("Seed", "Chosen", "AUC, tuning half", "AUC, patients", "AUC, images", "p"),
+            rows=tuple(
+                (
+                    f"{seed.seed}{' (reported)' if index == attack.reported else ''}",
+                    f"{seed.setting}, {'high' if seed.sign == 1 else 'low'} means member, trim {seed.trim:g}",
+                    f"{seed.tuning_auc:.3f}",
+                    area(seed.patient_auc),
+                    area(seed.slice_auc),
+                    p_value(seed.p_value),
+                )
+                for index, seed in enumerate(attack.seeds)
             ),
-        ),
-    )
-
-
-def _setting(outcome: SeedOutcome) -> str:
-    direction = "high values" if outcome.sign > 0 else "low values"
-    trimmed = f", {percent(outcome.trim)} of images dropped at each end" if outcome.trim else ""
-    return f"{outcome.setting}; {direction} mean members{trimmed}"
+            widths=(13, 24, 12, 21, 21, 9),
+        )
 
 
 def _worst(evidence: Evidence) -> Section:
-    rows = tuple(
+    attack = evidence.attacks[evidence.strongest]
+    worst = attack.worst
+    facts = Facts(
         (
-            attack.title,
-            str(attack.worst.members),
-            str(attack.worst.above_all_held_out),
-            f"{attack.worst.flagged_in_every_seed} (by chance {count(attack.worst.flagged_expected)})",
-            percent(attack.worst.held_out_above_95th),
+            (
+                "Members who score above every held-out patient",
+                f"{worst.above_all_held_out} of {worst.members}",
+            ),
+            (
+                "Members flagged under every seed, at 10\u00a0% false alarms",
+                f"{worst.flagged_in_every_seed}; chance would flag about {count(worst.flagged_expected)}",
+            ),
+            (
+                "Held-outs among whom the most exposed 5\u00a0% of members are hidden",
+                f"{percent(worst.held_out_above_95th)} of the held-outs score at least as high",
+            ),
         )
-        for attack in ranked(evidence)
-    )
-    columns = (
-        "Attack",
-        "Members in the report half",
-        "Score above every held-out",
-        "Flagged under every seed",
-        "Held-outs who hide the top 5\u00a0% of members",
     )
     text = (
-        "An average can be harmless while single patients are not. A member who scores above every held-out is one whom "
-        "this attack singles out. Flagged means above the threshold for 10\u00a0% false alarms. In the last column, the "
-        "most exposed 5\u00a0% of members are hidden among that share of held-outs; guessing would have 5\u00a0%. The "
-        "report names no patient."
+        "An average can hide a few patients who are badly exposed. These figures are of the strongest attack, "
+        f"{attack.title}."
     )
-    table = (Table("The most exposed patients", columns, rows, (30, 18, 20, 22, 24)),) if rows else ()
-    return Section(name="worst-patients", title="The most exposed patients", blocks=(Paragraph(text), *table))
+    return Section(name="worst", title="The most exposed patients", blocks=(Paragraph(text), facts))
 
 
-def _controls(evidence: Evidence) -> Section:
-    rows = tuple(
-        (
-            control.name,
-            "must be caught" if control.kind == "positive" else "must not be caught",
-            "right" if control.passed else "WRONG",
-            area(control.patient_auc),
-            f"{p_value(control.p_value)} (caught below {control.level:g})",
-            f"{control.members} and {control.non_members}",
-            control.explanation,
-        )
-        for control in evidence.controls
-    )
-    columns = ("Control", "Expected", "Answer", "AUC", "p", "Members and others", "What was done")
-    text = (
-        "The same attacks on models of which the answer is known. If they miss a model that was overfitted on purpose, "
-        "their silence means nothing; if they accuse a model that cannot remember anyone, neither does their alarm."
-    )
-    table: Block = (
-        Table("Controls", columns, rows, (15, 15, 12, 20, 18, 14, 30)) if rows else Alert("None", "No control.")
-    )
-    return Section(name="controls", title="Do the attacks work here? Controls", blocks=(Paragraph(text), table))
-
-
-def _blind(evidence: Evidence) -> Section:
-    text = (
-        "A classifier that never sees the model tries to tell members from held-outs by their images. If it can, so can an "
-        "attack, and its success would say nothing about the model."
-    )
+def _checks(evidence: Evidence) -> Section:
     blind = evidence.blind
+    rows = []
     if blind is None:
-        result: Block = Alert(
-            "Not run", "The blind test was left out, so that no figure of this report can be interpreted."
-        )
+        rows.append(("Blind test", "must be at chance", "not run", "failed"))
     else:
-        answer = "CONFOUNDED: better than chance" if blind.confounded else "at chance, as it must be"
-        rows = (
-            ("Answer", answer),
-            ("AUC, patients", area(blind.patient_auc)),
-            ("p, by permutation of patients", p_value(blind.p_value)),
-            ("How", blind.note),
-        )
-        result = Facts(rows)
-    return Section(name="blind", title="Are members and held-outs alike? Blind test", blocks=(Paragraph(text), result))
+        found = f"AUC {area(blind.patient_auc)}, p = {p_value(blind.p_value)}"
+        rows.append(("Blind test", "must be at chance", found, "failed" if blind.confounded else "passed"))
+    for control in evidence.controls:
+        wanted = "must be caught" if control.kind == "positive" else "must not be caught"
+        found = f"AUC {area(control.patient_auc)}, p = {p_value(control.p_value)}"
+        rows.append((f"Control: {control.name}", wanted, found, "passed" if control.passed else "failed"))
+    explained = [
+        (f"Control: {c.name}", f"{c.explanation} {c.members} against {c.non_members}.") for c in evidence.controls
+    ]
+    if blind is not None:
+        explained.insert(0, ("Blind test", f"A classifier that never sees the model. {blind.note}."))
+    return Section(
+        name="checks",
+        title="Checks of the audit itself",
+        blocks=(
+            Table(
+                caption="An audit that fails one of these says nothing about the model",
+                columns=("Check", "Demand", "Found", "Result"),
+                rows=tuple(rows),
+                widths=(24, 20, 42, 14),
+            ),
+            Facts(tuple(explained)),
+        ),
+    )
 
 
 def _copies(evidence: Evidence, gallery: Gallery | None) -> Section:
-    blocks: list[Block] = [
-        Paragraph(
-            "Samples are held against members and, on the same terms, against held-outs whom the model cannot have copied: "
-            "patients resemble each other. Only more hits among members than among held-outs are a sign of copying. Each "
-            "single sample over the threshold should be withheld all the same."
-        )
-    ]
+    blocks: list[Block] = []
     if not evidence.copies:
-        blocks.append(Alert("Not screened", "No samples were drawn, so that nobody has looked for copies."))
+        blocks.append(Paragraph("No samples were screened: nothing is known of copies."))
     else:
-        rows = tuple(
-            (
-                copies.method,
-                str(copies.samples),
-                str(copies.copies),
-                f"{count(copies.copies_matched)} against {count(copies.control_matched)}",
-                p_value(copies.p_value),
-                ", ".join(map(str, copies.withhold)) or "none",
+        blocks.append(
+            Paragraph(
+                "A sample is a candidate copy if it is closer to a member than 95\u00a0% of the held-out "
+                "patients' own "
+                "images are, so about one in twenty innocent samples is one. What decides is the comparison with "
+                "held-outs: as many patients, who cannot have been copied."
             )
-            for copies in evidence.copies
         )
-        columns = ("Likeness by", "Samples", "Too close to a member", "On equal terms: members against held-outs", "p")
-        widths = (16, 12, 16, 24, 12, 34)
-        blocks.append(Table("Copy screen", (*columns, "Samples to withhold"), rows, widths))
+        blocks.append(
+            Table(
+                caption="Samples that are too close to a patient",
+                columns=("Measure", "Candidates", "Members", "Held-outs", "p of the excess"),
+                rows=tuple(
+                    (
+                        copies.method,
+                        f"{copies.copies} of {copies.samples}",
+                        count(copies.copies_matched),
+                        count(copies.control_matched),
+                        p_value(copies.p_value),
+                    )
+                    for copies in evidence.copies
+                ),
+                widths=(24, 22, 18, 18, 18),
+            )
+        )
+        withheld = sorted({sample for copies in evidence.copies for sample in copies.withhold})
+        listed = ", ".join(map(str, withheld)) or "none"
+        blocks.append(Facts((("Samples to be withheld from a release, by index", listed),)))
     if gallery is not None:
-        blocks += [Alert("Images of patients", WARNING), Pictures(gallery)]
-    return Section(name="copies", title="Do samples repeat patients? Copy screen", blocks=tuple(blocks))
+        blocks += [Alert("Patient images", WARNING), Pictures(gallery)]
+    return Section(name="copies", title="Copies among the samples", blocks=tuple(blocks))
 
 
-def _privacy(evidence: Evidence) -> Section:
-    claim = evidence.privacy
-    if claim is None:
+def _privacy(privacy: ClaimedPrivacy | None) -> Section:
+    if privacy is None:
         text = (
-            "The model was trained without differential privacy. There is no ceiling that every attack must keep to: what "
-            "these attacks did not find, another might."
+            "The model was trained without differential privacy: no bound holds for any patient, and nothing but "
+            "measurements speaks for it."
         )
-        return Section(name="privacy", title="Claimed ε and measured ε", blocks=(Paragraph(text),))
+        return Section(name="privacy", title="Differential privacy", blocks=(Paragraph(text),))
     blocks: list[Block] = [
-        Paragraph(
-            f"The model's plan claims ε = {claim.epsilon:.3g} at δ = {claim.delta:.3g} for a patient of one site. Canaries, "
-            "whose inclusion a coin decided before training, can refute such a claim; they cannot confirm it. A lower bound "
-            "far below the claim is what both a sound claim and a weak attack look like."
-        ),
-        epsilon_chart(claim),
-    ]
-    if claim.lower_bounds:
-        rows = tuple(
+        Facts(
             (
-                bound.method,
-                f"ε ≥ {bound.epsilon:.2f}",
-                "claim refuted" if bound.epsilon > claim.epsilon else "claim stands",
-                f"δ = {bound.delta:.3g}, {percent(bound.confidence)}",
-                f"{bound.members} in, {bound.non_members} out",
-                bound.detail,
+                ("Claimed", _claim(privacy)),
+                ("If so, no attack on one patient has an AUC above", f"{privacy.ceiling_auc:.3f}"),
+                (
+                    "nor names a patient at 1\u00a0% false alarms with more than",
+                    percent(privacy.ceiling_tpr_at_1_percent),
+                ),
+                ("Plan, SHA-256", privacy.plan_sha256),
+                ("Canaries, committed before training, SHA-256", privacy.commitment or "none were used"),
             )
-            for bound in claim.lower_bounds
         )
-        columns = ("Method", "Lower bound", "Against the claim", "At δ, confidence", "Canaries", "Detail")
-        blocks.append(Table("Lower bounds on ε from canaries", columns, rows, (28, 14, 16, 20, 16, 32)))
-        if len(claim.lower_bounds) > 1:
-            blocks.append(Paragraph("Each bound holds at its confidence by itself; together they hold at less."))
-    blocks.append(_ceiling(evidence, claim))
-    commitment = claim.commitment or "none: there were no canaries"
-    blocks.append(Facts((("Plan, SHA-256", claim.plan_sha256), ("Commitment to the canaries' coins", commitment))))
-    return Section(name="privacy", title="Claimed ε and measured ε", blocks=tuple(blocks))
+    ]
+    if privacy.lower_bounds:
+        blocks.append(epsilon_chart(privacy))
+        blocks.append(
+            Table(
+                caption="Lower bounds on ε from canaries: a claim below one of them would be refuted",
+                columns=("Method", "ε is at least", "δ", "Confidence", "In, out", "How"),
+                rows=tuple(
+                    (
+                        bound.method,
+                        f"{bound.epsilon:.3f}",
+                        f"{bound.delta:g}",
+                        percent(bound.confidence),
+                        f"{bound.members}, {bound.non_members}",
+                        bound.detail,
+                    )
+                    for bound in privacy.lower_bounds
+                ),
+                widths=(22, 13, 10, 13, 12, 30),
+            )
+        )
+    else:
+        blocks.append(Paragraph("No canaries were trained on: the claim was not tested."))
+    return Section(name="privacy", title="Differential privacy: claim, bounds, ceiling", blocks=tuple(blocks))
 
 
-def _ceiling(evidence: Evidence, claim: ClaimedPrivacy) -> Table:
-    attack = evidence.attacks[evidence.strongest] if evidence.attacks else None
-    outcome = None if attack is None else attack.outcome
-    rows = (
-        (
-            "AUC, patients",
-            f"at most {claim.ceiling_auc:.3f}",
-            "no attack was run" if outcome is None else area(outcome.patient_auc),
+def _updates(evidence: Evidence) -> Section:
+    if not evidence.inversions:
+        return Section(name="updates", title="Redrawing a patient from an update", blocks=())
+    return Section(
+        name="updates",
+        title="Redrawing a patient from an update",
+        blocks=(
+            Paragraph(
+                "The strongest attacker, who knows noise and timestep, redraws one training image. The relative data "
+                "leakage value says how much more like the patient the picture is than a mean image; 0 or less "
+                "is nothing."
+            ),
+            Table(
+                caption="From one site's update, and from a sum, as secure aggregation leaves it",
+                columns=(
+                    "What the server sees",
+                    "Relative data leakage value",
+                    "Structural similarity",
+                    "Update matched",
+                ),
+                rows=tuple(
+                    (found.seen, f"{found.rdlv:.2f}", f"{found.ssim:.2f}", f"{found.cosine:.3f}")
+                    for found in evidence.inversions
+                ),
+                widths=(40, 22, 20, 18),
+            ),
         ),
-        (
-            "TPR at 1\u00a0% FPR",
-            f"at most {percent(claim.ceiling_tpr_at_1_percent)}",
-            "no attack was run" if outcome is None else true_positives(outcome.points, 0.01),
-        ),
     )
-    measured = "Strongest attack" if attack is None else f"Strongest attack: {attack.title}"
-    caption = "What the claim allows an attack on one patient, read from the plan's whole privacy curve"
-    return Table(caption, ("Quantity", "Ceiling", measured), rows, (30, 30, 50))
-
-
-def _inversion(evidence: Evidence) -> Section:
-    text = (
-        "A curious server tries to redraw a training batch from what a site sends. The relative data leakage value (RDLV, "
-        "arXiv:2202.06924) is 0 or less if the redrawn image is no closer to the patient than what could be guessed "
-        "beforehand."
-    )
-    rows = tuple(
-        (i.seen, f"{i.rdlv:.3f}", f"{i.ssim:.3f}", "no more than a guess" if i.rdlv <= 0 else "more than a guess")
-        for i in evidence.inversions
-    )
-    result: Block = Paragraph("No update was inverted: the audit says nothing about what a server could redraw.")
-    if rows:
-        result = Table("Update inversion", ("The server sees", "RDLV", "SSIM", "In words"), rows, (40, 20, 20, 40))
-    title = "What a server could redraw: update inversion"
-    return Section(name="inversion", title=title, blocks=(Paragraph(text), result))
 
 
 def _sites(evidence: Evidence) -> Section:
-    title = "Site by site"
-    if not evidence.sites:
-        text = "No figures by site: the sites' policies keep them, or there is one site."
-        return Section(name="sites", title=title, blocks=(Paragraph(text),))
+    attack = evidence.attacks[evidence.strongest]
     rows = tuple(
         (
-            site.site,
-            str(site.members),
-            str(site.held_out),
-            "not shown" if site.patient_auc is None else area(site.patient_auc),
-            site.note or "none",
+            row.site,
+            str(row.members),
+            str(row.held_out),
+            row.note if row.patient_auc is None else area(row.patient_auc),
         )
-        for site in evidence.sites
+        for row in evidence.sites
     )
-    columns = ("Site", "Members", "Held-outs", "AUC, patients", "Note")
-    table = Table("The strongest attack at each site", columns, rows, (28, 14, 14, 28, 36))
-    return Section(name="sites", title=title, blocks=(table,))
+    if not rows:
+        text = "Counts reached the server as sums only: no site's own figures are known."
+        return Section(name="sites", title="Site by site", blocks=(Paragraph(text),))
+    table = Table(
+        caption=f"{attack.title} at each site, report half",
+        columns=("Site", "Members", "Held out", "Patient-level AUC"),
+        rows=rows,
+        widths=(30, 15, 15, 40),
+    )
+    return Section(name="sites", title="Site by site", blocks=(table,))
 
 
-def _cost(evidence: Evidence) -> Section:
-    rows = tuple((c.part, f"{c.evaluations_per_image:g}", f"{c.seconds:,.1f}") for c in evidence.costs)
-    columns = ("Part", "U-Net evaluations an image", "Seconds")
-    text = "Evaluations are shared between the attacks where they can be: an attacker who runs one attack pays less."
-    table: Block = Table("Cost of the audit", columns, rows, (50, 30, 20)) if rows else Paragraph("Not recorded.")
-    return Section(name="cost", title="What the audit cost", blocks=(Paragraph(text), table))
-
-
-def _provenance(evidence: Evidence) -> Section:
+def _rerun(evidence: Evidence) -> Section:
     model = evidence.model
-    hashes = (
-        ("Model", model.model_sha256),
-        ("Configuration", model.config_sha256),
-        ("Noise schedule", model.schedule_sha256),
-        *((f"Cohort manifest of {cohort.site}", cohort.manifest_sha256) for cohort in evidence.cohorts),
+    hashes = [
+        ("Model, SHA-256", model.model_sha256),
+        ("Configuration, SHA-256", model.config_sha256),
+        ("Noise schedule, SHA-256", model.schedule_sha256),
+        ("Rounds in the model", str(model.rounds_done)),
+        *((f"Manifest of {c.site}, SHA-256", c.manifest_sha256 or "not known: sums only") for c in evidence.cohorts),
+        ("Software", ", ".join(f"{name} {version}" for name, version in evidence.software)),
+    ]
+    cost = Table(
+        caption="What it took",
+        columns=("Part", "U-Net evaluations per image", "Seconds"),
+        rows=tuple((c.part, count(c.evaluations_per_image), f"{c.seconds:.0f}") for c in evidence.costs),
+        widths=(50, 30, 20),
     )
-    versions = tuple(f"{name} {version}" for name, version in evidence.software)
     return Section(
-        name="provenance",
-        title="To check and to repeat",
-        blocks=(
-            Table("SHA-256", ("Of", "Hash"), hashes, (34, 86)),
-            Paragraph("To run the audit again:"),
-            Command(evidence.command),
-            Paragraph("Software:"),
-            Bullets(versions or ("not recorded",)),
-        ),
+        name="rerun",
+        title="To check it: hashes, cost, command",
+        blocks=(Facts(tuple(hashes)), cost, Paragraph("To run it again:"), Command(evidence.command)),
     )
