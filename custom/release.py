@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load
 
 from custom.audit_evidence import claimed_privacy, model_identity
 from custom.audited_samples import audited_samples
@@ -108,13 +110,14 @@ def release(
         Samples that were withheld, ascending.
 
     Raises:
-        ReleaseRefused: as :func:`check_release`; a checkpoint; an audit that says of the model what it is not; a file
-            that changes meanwhile; samples that were not screened; or volumes.
+        ReleaseRefused: as :func:`check_release`; a checkpoint; a model that is not what the file holds; an audit that
+            says of the model what it is not; a file that changes meanwhile; samples that were not screened; or volumes.
     """
     _demand(not out.exists(), "out", str(out), "choose a folder that is new")
     sha256 = file_sha256(file)
     check_release(audit.evidence, model_sha256=sha256, config_sha256=model.experiment.sha256, sites=sites)
     _demand_finished(model, file)
+    _demand_loaded(model, file, sha256)
     _demand_true_claims(model, sha256, audit.evidence)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
@@ -181,6 +184,15 @@ def _demand_finished(model: ModelFile, file: Path) -> None:
     averaged = all(torch.equal(tensor, model.ema[name]) for name, tensor in model.weights.items())
     remedy = "it is a checkpoint; give the model.safetensors of a completed run, and its audit"
     _demand(averaged and not model.optimizer, "model", file.name, remedy)
+
+
+def _demand_loaded(model: ModelFile, file: Path, sha256: str) -> None:
+    """Samples are drawn from the model in memory, and the audit knows the file by its hash."""
+    content = file.read_bytes()
+    held = load(content)
+    same = held.keys() == model.ema.keys() and all(torch.equal(held[name], model.ema[name]) for name in held)
+    remedy = "the file was changed after it was loaded; try again"
+    _demand(same and hashlib.sha256(content).hexdigest() == sha256, "model", file.name, remedy)
 
 
 def _demand_true_claims(model: ModelFile, model_sha256: str, evidence: Evidence) -> None:

@@ -19,7 +19,7 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("model", type=Path, help="model.safetensors of a run")
     parser.add_argument("out", type=Path, help="folder to write to; must not exist yet")
-    parser.add_argument("--audit", type=Path, required=True, help="audit.json of this model")
+    parser.add_argument("--audit", type=Path, action="append", required=True, help="audit.json of this model")
     parser.add_argument("--site-file", type=Path, required=True, help="the site file (TOML)")
     parser.add_argument("--site", action="append", required=True, help="a site that must agree; repeat for every site")
     parser.add_argument("--as", dest="form", choices=("weights", "dicom"), required=True, help="what to release")
@@ -33,10 +33,13 @@ def run(options: argparse.Namespace) -> int:
     from custom.model_file import load_model
     from custom.release import ReleaseRefused, release
     from custom.site_file import HardwareConfig, load_site
+    from custom.strict import require
     from medical_data.cohort import prepare_cohort
     from privacy.audit.report.document import load_audit
 
-    audit = load_audit(options.audit)
+    remedy = "give one audit, over all sites: none may be left out of sight"
+    require(len(options.audit) == 1, argument="--audit", value=[str(file) for file in options.audit], remedy=remedy)
+    audit = load_audit(options.audit[0])
     model = load_model(options.model)
     sites = {}
     for name in options.site:

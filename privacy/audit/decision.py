@@ -271,7 +271,7 @@ def _green(evidence: Evidence, rule: DecisionRule) -> Iterator[Reason]:
 # What an attacker holds, in words.
 ACCESS = {
     "samples": "samples of the model",
-    "api": "access to the denoiser, such as through an interface",
+    "api": "an interface to the denoiser",
     "weights": "the model's weights",
     "updates": "the updates of every round",
 }

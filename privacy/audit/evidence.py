@@ -320,8 +320,8 @@ class Evidence:
         privacy: what the plan claims; None for a model without differential privacy.
         sites: per-site figures.
         costs: of the parts.
-        suppressed: in a federated audit, cells that sites merged because fewer patients than their minimum were in
-            them; 0 in a central one.
+        suppressed: in a federated audit, entries of the report half's counts that sites moved to a neighbouring cell or
+            left out, because fewer patients than their minimum were in it; 0 in a central one.
     """
 
     created: str

@@ -19,6 +19,7 @@ LIMITS = (
     "A lower bound on ε may be far below the true one. A claimed ε is a statement about the worst patient; an "
     "AUC is one "
     "about the average.",
+    "Under a federated audit the sites' counts are taken as sent, and who runs an audit may run several and show one.",
     "A verdict is about this model file and these patients, by their hashes. Another round of training needs "
     "another audit.",
 )
@@ -52,6 +53,7 @@ def dpia(evidence: Evidence) -> tuple[Block, ...]:
     copies = "; ".join(
         f"{c.copies} of {c.samples} candidates by {c.method}, p = {c.p_value:.3g}" for c in evidence.copies
     )
+    seen = {"central": "This audit saw all images on one machine.", "federated": "This audit saw counts only."}
     noise = "no differential privacy"
     if evidence.privacy is not None:
         found = max((bound.epsilon for bound in evidence.privacy.lower_bounds), default=0.0)
@@ -85,7 +87,7 @@ def dpia(evidence: Evidence) -> tuple[Block, ...]:
                 ),
                 (
                     "Measures in training",
-                    f"{noise}. Patients were split before preprocessing; scans stayed at their sites.",
+                    f"{noise}. The split into members and held-outs is by patient. {seen[evidence.scope]}",
                 ),
                 (
                     "Documentation",

@@ -169,9 +169,9 @@ def _subject(evidence: Evidence) -> Section:
     if evidence.suppressed:
         blocks.append(
             Paragraph(
-                f"{evidence.suppressed} patients were counted in a neighbouring cell, because too few stood in "
-                f"their own "
-                "for the site to let the count go; figures are off by no more than that."
+                f"In all counts of the report half together, {evidence.suppressed} entries were moved to a "
+                "neighbouring cell or left out, because too few patients stood in their own for a site to let the "
+                "count go. That blurs the figures."
             )
         )
     return Section(name="subject", title="What was audited", blocks=tuple(blocks))
@@ -213,18 +213,26 @@ def _attacks(evidence: Evidence, rule: DecisionRule) -> Section:
     blocks.append(
         Table(
             caption="Attacks at patient level, strongest on tuning data first; intervals are 95\u00a0%",
-            columns=("Attack", "AUC", "TPR at 10\u00a0% FPR", "TPR at 1\u00a0% FPR", "p, corrected"),
+            columns=(
+                "Attack",
+                "AUC, patients",
+                "AUC, images",
+                "TPR at 10\u00a0% FPR",
+                "TPR at 1\u00a0% FPR",
+                "Corrected p",
+            ),
             rows=tuple(
                 (
                     attack.title,
                     area(attack.outcome.patient_auc),
+                    area(attack.outcome.slice_auc),
                     true_positives(attack.outcome.points, 0.1),
                     true_positives(attack.outcome.points, 0.01),
                     p_value(attack.adjusted_p),
                 )
                 for attack in ranked(evidence)
             ),
-            widths=(22, 22, 23, 23, 10),
+            widths=(18, 17, 17, 18, 18, 12),
         )
     )
     blocks.append(Details("How each attack works, and all seeds", tuple(_each(ranked(evidence)))))

@@ -150,7 +150,7 @@ def _contradictions(evidence: Evidence) -> Iterator[tuple[str, object, str]]:
         datetime.fromisoformat(evidence.created)
     except ValueError:
         yield "created", evidence.created[:40], "give a date as in ISO 8601"
-    if not 0 <= evidence.strongest < max(1, len(evidence.attacks)):
+    if not 0 <= evidence.strongest < len(evidence.attacks):
         yield "strongest", evidence.strongest, f"give the index of one of {len(evidence.attacks)} attacks"
     for attack in evidence.attacks:
         if not 0 <= attack.reported < len(attack.seeds):

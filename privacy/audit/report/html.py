@@ -40,7 +40,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-dd, pre { overflow-wrap: anywhere; min-width: 0; }
+dd, dt, pre { overflow-wrap: anywhere; min-width: 0; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .2rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .5rem; border-top: 1px solid var(--grid); }
 h3 { font-size: 1rem; margin: 1.3rem 0 .3rem; }
