@@ -130,6 +130,7 @@ def release(
         else:
             withheld = _write_samples(model, audit.evidence, part / "samples", count, device, progress)
         write_json(part / "audit.json", audit)
+        (part / "audit.json").chmod(0o644)  # it may leave, unlike a site's own
         strictest = _strictest(audit, sites)
         card = model_card(model, audit, strictest=strictest, form=form, withheld=len(withheld))
         (part / "MODEL_CARD.md").write_text(card, encoding="utf-8")

@@ -18,7 +18,7 @@ from custom.cli import main
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.model_file import ModelFile, load_model, save_model
-from custom.release import ReleaseRefused, release
+from custom.release import Form, ReleaseRefused, release
 from custom.run_folder import file_sha256
 from medical_data.cohort import DataLimits, EmbeddedSource, prepare_cohort
 from privacy.audit.decision import DecisionRule
@@ -208,13 +208,13 @@ def test_more_samples_than_were_screened_are_not_drawn(desk: Desk, capsys: pytes
 
 def test_of_two_audits_none_is_left_out_of_sight(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     red = replace(desk.evidence, attacks=(attack(tpr=interval(0.5, 0.4, 0.6)),))
-    good = str(desk.folder / "audit.json")
-    (desk.folder / "audit.json").rename(desk.folder / "good.json")
     desk.write_audit(red)
-    (desk.folder / "good.json").rename(desk.folder / "second.json")
-    assert desk.run("--audit", str(desk.folder / "second.json")) == 2
-    assert "--audit = [" in (said := capsys.readouterr().err)
-    assert good in said
+    green = desk.write_audit(desk.evidence, "green.json")
+    assert desk.run("--audit", str(green)) == 2
+    said = capsys.readouterr().err
+    assert "--audit = [" in said
+    assert "audit.json" in said
+    assert "green.json" in said
     assert not desk.out.exists()
 
 
@@ -232,7 +232,7 @@ def test_an_audit_that_cannot_be_read_is_no_audit(
 
 
 @pytest.mark.parametrize("form", ["weights", "dicom"])
-def test_a_model_in_memory_that_is_not_the_file_is_not_released(desk: Desk, form: str) -> None:
+def test_a_model_in_memory_that_is_not_the_file_is_not_released(desk: Desk, form: Form) -> None:
     model = load_model(desk.model)
     other = {name: tensor + 1 for name, tensor in model.ema.items()}
     with pytest.raises(ReleaseRefused, match="changed after it was loaded"):
@@ -242,7 +242,27 @@ def test_a_model_in_memory_that_is_not_the_file_is_not_released(desk: Desk, form
             audit_of(desk.evidence, DecisionRule()),
             desk.out,
             sites={"site-1": (desk.evidence.cohorts[0].manifest_sha256, AuditPolicy())},
-            form=form,  # type: ignore[arg-type]
+            form=form,
+            count=5,
+            device=torch.device("cpu"),
+        )
+    assert not desk.out.exists()
+
+
+def test_a_file_that_changes_after_its_hash_was_taken_is_not_drawn_from(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audited = file_sha256(desk.model)
+    other_model(desk)
+    monkeypatch.setattr("custom.release.file_sha256", lambda _: audited)
+    with pytest.raises(ReleaseRefused, match="changed after it was loaded"):
+        release(
+            load_model(desk.model),
+            desk.model,
+            audit_of(desk.evidence, DecisionRule()),
+            desk.out,
+            sites={"site-1": (desk.evidence.cohorts[0].manifest_sha256, AuditPolicy())},
+            form="dicom",
             count=5,
             device=torch.device("cpu"),
         )
