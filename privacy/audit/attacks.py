@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from privacy.audit.queries import STRIDE, Denoiser, Queries, require, shared_noise
+from privacy.audit.errors import require
+from privacy.audit.queries import STRIDE, Denoiser, Queries, shared_noise
 
 GREY_BOX_ACCESS = "the image, and the predicted noise at inputs and timesteps of the attacker's choice"
 

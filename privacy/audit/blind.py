@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch.nn import functional
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import Unattackable, require
 from privacy.audit.stacking import patient_folds
 from privacy.audit.statistics import Interval, clustered_auc_interval
 
@@ -82,7 +82,7 @@ def blind_test(
         Unattackable: fewer than five members or non-members, so that no outcome could be significant; too few
             permutations; shapes that do not fit; a patient without images; images that are not finite.
     """
-    _require(permutations >= round(1 / LEVEL) - 1, "permutations", permutations, f"give at least {1 / LEVEL - 1:.0f}")
+    require(permutations >= round(1 / LEVEL) - 1, "permutations", permutations, f"give at least {1 / LEVEL - 1:.0f}")
     features = _patient_features(images, patient, member)
     fold = _powerful_folds(member, folds, seed)
     labels = _permuted_within(fold, member, permutations, seed)
@@ -227,14 +227,9 @@ def _aucs(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.
 
 def _require_images(images: NDArray[np.float32], patient: NDArray[np.int64], member: NDArray[np.bool_]) -> None:
     fits = images.ndim in (4, 5) and images.shape[1] == 1 and min(images.shape[2:]) >= 3
-    _require(fits, "images", images.shape, "give [N, 1, *spatial] with two or three axes of at least three voxels")
+    require(fits, "images", images.shape, "give [N, 1, *spatial] with two or three axes of at least three voxels")
     alike = patient.shape == images.shape[:1] and member.ndim == 1 and member.dtype == np.bool_
-    _require(alike, "patient, member", (patient.shape, member.shape), "give [N] and bool [P]")
-    _require(bool(np.isfinite(images).all()), "images", "not finite", "give finite images")
+    require(alike, "patient, member", (patient.shape, member.shape), "give [N] and bool [P]")
+    require(bool(np.isfinite(images).all()), "images", "not finite", "give finite images")
     everyone = np.array_equal(np.unique(patient), np.arange(len(member)))
-    _require(everyone, "patient", "not all of them have images", f"give images of each of {len(member)} patients")
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)
+    require(everyone, "patient", "not all of them have images", f"give images of each of {len(member)} patients")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import require
 from privacy.audit.stacking import patient_folds
 
 FEWEST_CALIBRATING_PATIENTS = 4
@@ -78,14 +78,14 @@ def offline_rmia(
         Unattackable: an image without an OUT reference model, shapes that differ, proxies that are not finite or do not
             vary over the population, or a or γ out of range.
     """
-    _require(0 <= a <= 1, "a", a, "give a value in [0, 1]")
-    _require(gamma > 0, "gamma", gamma, "give a positive ratio")
+    require(0 <= a <= 1, "a", a, "give a value in [0, 1]")
+    require(gamma > 0, "gamma", gamma, "give a positive ratio")
     _require_references(target, references, "references")
     _require_references(population, population_references, "population_references")
     fits = out.shape == references.shape and out.dtype == np.bool_ and len(references) == len(population_references)
-    _require(fits, "out", (out.shape, str(out.dtype)), "give bool [R, N] and the same R models for the population")
+    require(fits, "out", (out.shape, str(out.dtype)), "give bool [R, N] and the same R models for the population")
     without = int((~out.any(axis=0)).sum())
-    _require(without == 0, "out", f"{without} images", "give each a reference model that was trained without it")
+    require(without == 0, "out", f"{without} images", "give each a reference model that was trained without it")
 
     def gain(p: NDArray[np.float64], p_out: NDArray[np.float64]) -> NDArray[np.float64]:
         return p / (((1 + a) * p_out + (1 - a)) / 2)
@@ -135,11 +135,11 @@ def quantile_calibrated(
     of_calibrating[patient[calibrating]] = True
     found = int(of_calibrating.sum())
     remedy = f"calibrate on at least {FEWEST_CALIBRATING_PATIENTS} patients"
-    _require(found >= FEWEST_CALIBRATING_PATIENTS, "calibrating", f"{found} patients", remedy)
+    require(found >= FEWEST_CALIBRATING_PATIENTS, "calibrating", f"{found} patients", remedy)
     calibrated = np.empty(len(scores))
     for fitted, compared in _folds(patient, of_calibrating, calibrating, folds, seed):
         low, high = np.quantile(scores[fitted], [CENTRAL_QUANTILE, UPPER_QUANTILE])
-        _require(high > low, "scores", "equal over non-members", "leave out attacks that say nothing")
+        require(high > low, "scores", "equal over non-members", "leave out attacks that say nothing")
         central, upper = (
             _predicted_quantile(features[fitted], scores[fitted], features[compared], quantile)
             for quantile in (CENTRAL_QUANTILE, UPPER_QUANTILE)
@@ -161,8 +161,8 @@ def difficulty_features(images: NDArray[np.float32]) -> NDArray[np.float64]:
         Unattackable: another shape, or images that are not finite.
     """
     fits = images.ndim in (4, 5) and images.shape[1] == 1 and min(images.shape[2:]) >= 2
-    _require(fits, "images", images.shape, "give [N, 1, *spatial] with two or three spatial axes")
-    _require(bool(np.isfinite(images).all()), "images", "not finite", "give finite images")
+    require(fits, "images", images.shape, "give [N, 1, *spatial] with two or three spatial axes")
+    require(bool(np.isfinite(images).all()), "images", "not finite", "give finite images")
     axes = tuple(range(1, images.ndim))
     mean = images.mean(axis=axes, dtype=np.float64)
     spread = images.std(axis=axes, dtype=np.float64)
@@ -178,7 +178,7 @@ def _probabilities(
     """p of one model for the attacked images and for the population."""
     lower, median, upper = np.quantile(population, [0.25, 0.5, 0.75])
     scale = (upper - lower) / _NORMAL_INTERQUARTILE_RANGE
-    _require(scale > 0, "population", "does not vary", "give images that differ")
+    require(scale > 0, "population", "does not vary", "give images that differ")
     return expit((proxies - median) / scale), expit((population - median) / scale)
 
 
@@ -214,9 +214,9 @@ def _predicted_quantile(
 
 def _require_references(target: NDArray[np.float64], references: NDArray[np.float64], argument: str) -> None:
     fits = target.ndim == 1 and target.size > 0 and references.ndim == 2 and references.shape[1:] == target.shape
-    _require(fits and len(references) > 0, argument, (target.shape, references.shape), "give [N] and [R, N], R ≥ 1")
+    require(fits and len(references) > 0, argument, (target.shape, references.shape), "give [N] and [R, N], R ≥ 1")
     finite = bool(np.isfinite(target).all() and np.isfinite(references).all())
-    _require(finite, argument, "not finite", "leave out models whose loss overflows")
+    require(finite, argument, "not finite", "leave out models whose loss overflows")
 
 
 def _require_calibrating(
@@ -230,15 +230,10 @@ def _require_calibrating(
     boolean = member.dtype == calibrating.dtype == np.bool_
     shapes = (features.shape, scores.shape, patient.shape, calibrating.shape)
     remedy = "give [N, F], [N], [N] and bool [N]"
-    _require(alike and boolean and features.ndim == 2, "features, scores, patient, calibrating", shapes, remedy)
+    require(alike and boolean and features.ndim == 2, "features, scores, patient, calibrating", shapes, remedy)
     finite = bool(np.isfinite(features).all() and np.isfinite(scores).all())
-    _require(finite, "features, scores", "not finite", "leave out attacks whose scores overflow")
+    require(finite, "features, scores", "not finite", "leave out attacks whose scores overflow")
     everyone = np.array_equal(np.unique(patient), np.arange(len(member)))
-    _require(everyone, "patient", "not all of them have images", f"give images of each of {len(member)} patients")
+    require(everyone, "patient", "not all of them have images", f"give images of each of {len(member)} patients")
     wrong = int((calibrating & member[patient]).sum())
-    _require(wrong == 0, "calibrating", f"{wrong} images of members", "calibrate on known non-members alone")
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)
+    require(wrong == 0, "calibrating", f"{wrong} images of members", "calibrate on known non-members alone")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import require
 
 DEFAULT_STEPS = 1200  # about 35 s on one CPU core for slices of 32 × 32
 BATCH = 128  # images a step, each in two views
@@ -67,7 +67,7 @@ class Embedding:
         _require_images(images)
         spatial = images.shape[2:]
         fits = len(spatial) == dimensions
-        _require(fits, "images", images.shape, f"give images of {dimensions} dimensions, as in training")
+        require(fits, "images", images.shape, f"give images of {dimensions} dimensions, as in training")
         found = np.empty((len(images), DIMENSIONS), dtype=np.float32)
         with torch.no_grad():
             for start in range(0, len(images), _EMBEDDED_AT_ONCE):
@@ -111,10 +111,10 @@ def train_embedding(
     """
     _require_images(images)
     shape = patient.shape
-    _require(shape == (len(images),), "patient", shape, f"give a patient for each of {len(images)} images")
+    require(shape == (len(images),), "patient", shape, f"give a patient for each of {len(images)} images")
     patients = len(np.unique(patient))
-    _require(patients >= 2, "patients", patients, "give images of two patients at least")
-    _require(type(steps) is int and steps >= 1, "steps", steps, "give at least one step")
+    require(patients >= 2, "patients", patients, "give images of two patients at least")
+    require(type(steps) is int and steps >= 1, "steps", steps, "give at least one step")
 
     generator = Generator().manual_seed(seed)
     layers, projection = _start(images.shape[2:], generator, device)
@@ -223,11 +223,6 @@ def _tensor(images: NDArray[np.float32]) -> Tensor:
 def _require_images(images: NDArray[np.float32]) -> None:
     shape = images.shape
     alike = images.ndim in (4, 5) and shape[1] == 1 and len(images) > 0
-    _require(alike, "images", shape, "give float32 [N, 1, *spatial] with two or three spatial dimensions")
-    _require(min(shape[2:]) >= SMALLEST_SIDE, "images", shape, f"give images of at least {SMALLEST_SIDE} a side")
-    _require(bool(np.isfinite(images).all()), "images", "not finite", "give finite images")
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)
+    require(alike, "images", shape, "give float32 [N, 1, *spatial] with two or three spatial dimensions")
+    require(min(shape[2:]) >= SMALLEST_SIDE, "images", shape, f"give images of at least {SMALLEST_SIDE} a side")
+    require(bool(np.isfinite(images).all()), "images", "not finite", "give finite images")

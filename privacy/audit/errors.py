@@ -30,3 +30,9 @@ class BrokenCommitment(AuditRefused):
 
 class BrokenReport(AuditRefused):
     """An audit.json that cannot be read, or whose verdict does not follow from what stands in it."""
+
+
+def require(condition: bool, argument: str, value: object, remedy: str) -> None:
+    """Raise :class:`Unattackable` naming argument, value and remedy unless the condition holds."""
+    if not condition:
+        raise Unattackable(argument=argument, value=value, remedy=remedy)

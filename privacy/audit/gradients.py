@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from privacy.audit.queries import require, shared_noise
+from privacy.audit.errors import require
+from privacy.audit.queries import shared_noise
 from privacy.gradients import per_patient_gradients
 
 # Loss(parameters by name, x_0 [B, 1, *spatial], noise [B, 1, *spatial], timesteps int64 [B]) → [B], one for each image.

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.audit.errors import Overlap, Unattackable
+from privacy.audit.errors import Overlap, require
 
 Method = Literal["embedding", "pixels"]
 
@@ -132,7 +132,7 @@ def copy_screens(
         Overlap: a patient on both sides.
     """
     _require_inputs(samples, train, train_patient, held_out, held_out_patient)
-    _require(0 < quantile < 1, "quantile", quantile, "give a number between 0 and 1")
+    require(0 < quantile < 1, "quantile", quantile, "give a number between 0 and 1")
     images = np.concatenate([train, held_out])
     _, patient = np.unique(np.concatenate([train_patient, held_out_patient]), return_inverse=True)
     member = np.zeros(int(patient.max()) + 1, dtype=np.bool_)
@@ -304,10 +304,10 @@ def _permutation_test(
 def _unit_vectors(images: NDArray[np.float32], embed: Embed) -> NDArray[np.float32]:
     vectors = np.asarray(embed(images), dtype=np.float32)
     fits = vectors.ndim == 2 and len(vectors) == len(images)
-    _require(fits, "embed", vectors.shape, f"give one vector for each of {len(images)} images")
+    require(fits, "embed", vectors.shape, f"give one vector for each of {len(images)} images")
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
     usable = bool(np.isfinite(norm).all()) and bool((norm > 0).all())
-    _require(usable, "embed", "vectors that are 0 or not finite", "give an embedding that is defined on all images")
+    require(usable, "embed", "vectors that are 0 or not finite", "give an embedding that is defined on all images")
     unit: NDArray[np.float32] = vectors / norm
     return unit
 
@@ -321,16 +321,16 @@ def _require_inputs(
 ) -> None:
     for name, images in (("samples", samples), ("train", train), ("held_out", held_out)):
         alike = images.ndim in (4, 5) and images.shape[1:] == train.shape[1:] and images.shape[1] == 1
-        _require(alike and images.size > 0, name, images.shape, "give images [N, 1, *spatial], all of one size")
-        _require(bool(np.isfinite(images).all()), name, "not finite", "give finite images")
+        require(alike and images.size > 0, name, images.shape, "give images [N, 1, *spatial], all of one size")
+        require(bool(np.isfinite(images).all()), name, "not finite", "give finite images")
     for name, patient, images in (
         ("train_patient", train_patient, train),
         ("held_out_patient", held_out_patient, held_out),
     ):
         shape = patient.shape
-        _require(shape == (len(images),), name, shape, f"give a patient for each of {len(images)} images")
+        require(shape == (len(images),), name, shape, f"give a patient for each of {len(images)} images")
         patients = len(np.unique(patient))
-        _require(patients >= 2, name, f"{patients} patient", "give images of two patients at least")
+        require(patients >= 2, name, f"{patients} patient", "give images of two patients at least")
     shared = len(np.intersect1d(train_patient, held_out_patient))
     if shared:
         raise Overlap(
@@ -338,8 +338,3 @@ def _require_inputs(
             value=f"{shared} patients of train_patient",
             remedy="number patients once for both sides; each is on one side only",
         )
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.audit.errors import Overlap, Unattackable
+from privacy.audit.errors import Overlap, require
 
 FEWEST_PATIENTS = 4  # of each kind: two in the tuning half and two in the report half
 
@@ -43,16 +43,16 @@ class Population:
     def __post_init__(self) -> None:
         count = len(self.keys)
         alike = self.images.ndim in (4, 5) and self.images.shape[:2] == (len(self.patient), 1)
-        _require(alike, "images", self.images.shape, "give float32 [N, 1, *spatial] with a patient for each")
+        require(alike, "images", self.images.shape, "give float32 [N, 1, *spatial] with a patient for each")
         for name, values in (("member", self.member), ("site", self.site)):
-            _require(values.shape == (count,), name, values.shape, f"give one value for each of {count} keys")
+            require(values.shape == (count,), name, values.shape, f"give one value for each of {count} keys")
         there = np.array_equal(np.unique(self.patient), np.arange(count))
-        _require(there, "patient", "not all of them have images", "leave out patients without an image")
+        require(there, "patient", "not all of them have images", "leave out patients without an image")
         known = bool(np.isin(self.site, np.arange(len(self.sites))).all())
-        _require(known, "site", "beyond the list of sites", "give an index into sites")
-        _require(bool(np.isfinite(self.images).all()), "images", "not finite", "give finite images")
+        require(known, "site", "beyond the list of sites", "give an index into sites")
+        require(bool(np.isfinite(self.images).all()), "images", "not finite", "give finite images")
         for name, found in (("members", int(self.member.sum())), ("held-outs", int((~self.member).sum()))):
-            _require(
+            require(
                 found >= FEWEST_PATIENTS, name, found, f"an audit needs at least {FEWEST_PATIENTS} patients of each"
             )
         self._refuse_overlap()
@@ -108,8 +108,3 @@ def joined(populations: Sequence[Population]) -> Population:
         sites=tuple(name for p in populations for name in p.sites),
         keys=tuple(key for p in populations for key in p.keys),
     )
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import require
 from privacy.audit.evidence import (
     Access,
     AttackOutcome,
@@ -67,7 +67,7 @@ class Scored:
     def __post_init__(self) -> None:
         shape, finite = self.scores.shape, bool(np.isfinite(self.scores).all())
         fits = self.scores.ndim == 3 and shape[2] == len(self.settings) and finite
-        _require(fits, f"scores of {self.name}", shape, "give finite [seeds, N, settings]")
+        require(fits, f"scores of {self.name}", shape, "give finite [seeds, N, settings]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,8 @@ def assess(
     Raises:
         Unattackable: too few seeds, no attack, or scores that do not fit.
     """
-    _require(len(set(seeds)) >= FEWEST_SEEDS, "seeds", tuple(seeds), f"give at least {FEWEST_SEEDS} different ones")
-    _require(len(scored) > 0, "attacks", 0, "give at least one")
+    require(len(set(seeds)) >= FEWEST_SEEDS, "seeds", tuple(seeds), f"give at least {FEWEST_SEEDS} different ones")
+    require(len(scored) > 0, "attacks", 0, "give at least one")
     return corrected([_assessed(attack, population, seeds) for attack in scored])
 
 
@@ -147,7 +147,7 @@ def median_seed(outcomes: Sequence[SeedOutcome]) -> int:
 
 def _assessed(attack: Scored, population: Population, seeds: Sequence[int]) -> AttackOutcome:
     shape = (len(seeds), len(population.patient), len(attack.settings))
-    _require(attack.scores.shape == shape, f"scores of {attack.name}", attack.scores.shape, f"give {shape}")
+    require(attack.scores.shape == shape, f"scores of {attack.name}", attack.scores.shape, f"give {shape}")
     choices = [
         choose(attack.scores[index], population, population.tuning_half(seed)) for index, seed in enumerate(seeds)
     ]
@@ -284,12 +284,12 @@ def control(
     Raises:
         Unattackable: no attack, or scores that do not fit.
     """
-    _require(len(scored) > 0, "attacks", 0, "give at least one")
+    require(len(scored) > 0, "attacks", 0, "give at least one")
     member = population.member
     p_values, areas = [], []
     for attack in scored:
         fits = attack.scores.shape[:2] == (len(seeds), len(population.patient))
-        _require(fits, f"scores of {attack.name}", attack.scores.shape, f"give {len(seeds)} seeds of all images")
+        require(fits, f"scores of {attack.name}", attack.scores.shape, f"give {len(seeds)} seeds of all images")
         of_seeds = [-_mean_ranks(of_seed, population) for of_seed in attack.scores]
         p_values.append(combined_p([mann_whitney_p(values, member) for values in of_seeds]))
         found = [
@@ -409,8 +409,3 @@ def shuffled(population: Population, seed: int) -> Population:
         here = np.flatnonzero(population.site == site)
         member[here] = rng.permutation(member[here])
     return replace(population, member=member)
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)

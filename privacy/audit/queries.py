@@ -13,16 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import require
 
 # Timesteps between two points of the deterministic inversion; the interval of SecMI's published experiments.
 STRIDE = 10
-
-
-def require(condition: bool, *, argument: str, value: object, remedy: str) -> None:
-    """Raise :class:`Unattackable` naming argument, value and remedy unless the condition holds."""
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

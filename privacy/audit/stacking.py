@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import require
 
 FEWEST_PATIENTS = 4  # of each kind
 # C, the inverse strength of the L2 penalty on standardised features.
@@ -31,8 +31,8 @@ def patient_folds(member: NDArray[np.bool_], *, folds: int, seed: int) -> NDArra
     rng = np.random.default_rng(seed)
     members = int(member.sum())
     fewest = min(members, len(member) - members)
-    _require(folds >= 2, "folds", folds, "give at least 2")
-    _require(fewest >= 2, "patients of a kind", fewest, "cross-fitting needs at least two of each")
+    require(folds >= 2, "folds", folds, "give at least 2")
+    require(fewest >= 2, "patients of a kind", fewest, "cross-fitting needs at least two of each")
     fold = np.empty(len(member), dtype=np.int64)
     for side in (member, ~member):
         fold[side] = rng.permutation(int(side.sum())) % min(folds, fewest)
@@ -117,16 +117,11 @@ def _fitted(
 
 def _require_features(features: NDArray[np.float64], patient: NDArray[np.int64], member: NDArray[np.bool_]) -> None:
     fits = features.ndim == 2 and len(features) == len(patient) and features.shape[1] > 0 and member.dtype == np.bool_
-    _require(fits, "features", features.shape, "give [N, F] with a patient for each, and member as bool [P]")
-    _require(bool(np.isfinite(features).all()), "features", "not finite", "leave out attacks whose scores overflow")
+    require(fits, "features", features.shape, "give [N, F] with a patient for each, and member as bool [P]")
+    require(bool(np.isfinite(features).all()), "features", "not finite", "leave out attacks whose scores overflow")
     there = np.unique(patient)
     everyone = np.array_equal(there, np.arange(len(member)))
-    _require(everyone, "patient", f"{len(there)} patients", f"give images of each of {len(member)} patients")
+    require(everyone, "patient", f"{len(there)} patients", f"give images of each of {len(member)} patients")
     members = int(member.sum())
     for name, count in (("members", members), ("non-members", len(member) - members)):
-        _require(count >= FEWEST_PATIENTS, name, count, f"stacking needs at least {FEWEST_PATIENTS} patients of each")
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)
+        require(count >= FEWEST_PATIENTS, name, count, f"stacking needs at least {FEWEST_PATIENTS} patients of each")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from privacy.audit.errors import Unattackable
+from privacy.audit.errors import require
 
 # Most entries of a [resamples, scores] array that is held at once.
 _CHUNK_ENTRIES = 1 << 21
@@ -41,8 +41,8 @@ class Interval:
 
     def __post_init__(self) -> None:
         value = (self.estimate, self.low, self.high)
-        _require(all(map(math.isfinite, value)), "estimate, low, high", value, "give finite numbers")
-        _require(self.low <= self.estimate <= self.high, "estimate, low, high", value, "give low ≤ estimate ≤ high")
+        require(all(map(math.isfinite, value)), "estimate, low, high", value, "give finite numbers")
+        require(self.low <= self.estimate <= self.high, "estimate, low, high", value, "give low ≤ estimate ≤ high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,9 @@ class OperatingPoint:
         known = None not in (self.threshold, self.tpr, self.fpr)
         remedy = "a resolvable point has threshold, tpr, fpr and no note; another has no tpr and a note"
         fits = known and not self.note if self.resolvable else self.tpr is None and bool(self.note)
-        _require(fits, "resolvable", self.resolvable, remedy)
+        require(fits, "resolvable", self.resolvable, remedy)
         for name, count in (("members", self.members), ("non_members", self.non_members)):
-            _require(count >= 0, name, count, "give a count")
+            require(count >= 0, name, count, "give a count")
 
 
 def auc(scores: NDArray[np.float64], member: NDArray[np.bool_]) -> float:
@@ -165,9 +165,7 @@ def clopper_pearson(successes: int, trials: int, *, confidence: float = 0.95) ->
     Raises:
         Unattackable: no trials, or successes that are not among them.
     """
-    _require(
-        trials >= 1 and 0 <= successes <= trials, "successes, trials", (successes, trials), "give 0 ≤ k ≤ n, n ≥ 1"
-    )
+    require(trials >= 1 and 0 <= successes <= trials, "successes, trials", (successes, trials), "give 0 ≤ k ≤ n, n ≥ 1")
     _require_rate(confidence, "confidence")
     low, high = _clopper_pearson(np.array(successes), trials, confidence)
     return Interval(estimate=successes / trials, low=float(low), high=float(high))
@@ -329,7 +327,7 @@ def trimmed_mean_by_patient(
     Raises:
         Unattackable: scores that are not finite, a patient without images, or a trim outside [0, 0.5).
     """
-    _require(0 <= trim < 0.5, "trim", trim, "give a share in [0, 0.5)")
+    require(0 <= trim < 0.5, "trim", trim, "give a share in [0, 0.5)")
     _require_patients(patient, scores, patients)
     order = np.lexsort((scores, patient))
     scores, patient = scores[order], patient[order]
@@ -355,12 +353,12 @@ def _threshold(scores: NDArray[np.float64], member: NDArray[np.bool_], fpr: floa
 
 def _resampled_patients(member: NDArray[np.bool_], resamples: int, seed: int) -> NDArray[np.int64]:
     """How often each patient is drawn, [resamples, P]: members first, then non-members, as many as there are."""
-    _require(resamples >= 1, "resamples", resamples, "give at least one")
+    require(resamples >= 1, "resamples", resamples, "give at least one")
     rng = np.random.default_rng(seed)
     counts = np.empty((resamples, len(member)), dtype=np.int64)
     for name, side in (("members", member), ("non-members", ~member)):
         patients = int(side.sum())
-        _require(patients >= 2, name, patients, "resampling needs at least two patients of each kind")
+        require(patients >= 2, name, patients, "resampling needs at least two patients of each kind")
         counts[:, side] = rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples)
     return counts
 
@@ -419,34 +417,29 @@ def _clopper_pearson(
 
 def _require_scores(scores: NDArray[np.float64], member: NDArray[np.bool_]) -> None:
     fits = scores.ndim == 1 and scores.shape == member.shape and member.dtype == np.bool_
-    _require(fits, "scores, member", (scores.shape, member.shape, str(member.dtype)), "give [P] scores and bool [P]")
-    _require(bool(np.isfinite(scores).all()), "scores", "not finite", "leave out attacks whose scores overflow")
-    _require(bool(member.any() and not member.all()), "member", "one kind only", "give members and non-members")
+    require(fits, "scores, member", (scores.shape, member.shape, str(member.dtype)), "give [P] scores and bool [P]")
+    require(bool(np.isfinite(scores).all()), "scores", "not finite", "leave out attacks whose scores overflow")
+    require(bool(member.any() and not member.all()), "member", "one kind only", "give members and non-members")
 
 
 def _require_patients(patient: NDArray[np.int64], scores: NDArray[np.float64], patients: int) -> None:
     fits = scores.ndim == 1 and scores.shape == patient.shape
-    _require(fits, "scores, patient", (scores.shape, patient.shape), "give a score and a patient for each image")
-    _require(bool(np.isfinite(scores).all()), "scores", "not finite", "leave out attacks whose scores overflow")
+    require(fits, "scores, patient", (scores.shape, patient.shape), "give a score and a patient for each image")
+    require(bool(np.isfinite(scores).all()), "scores", "not finite", "leave out attacks whose scores overflow")
     there = np.unique(patient)
     everyone = np.array_equal(there, np.arange(patients))
-    _require(everyone, "patient", f"{len(there)} patients", f"give images of each patient from 0 to {patients - 1}")
+    require(everyone, "patient", f"{len(there)} patients", f"give images of each patient from 0 to {patients - 1}")
 
 
 def _require_grid(grid: NDArray[np.float64]) -> None:
     within = grid.ndim == 1 and bool(((grid >= 0) & (grid <= 1)).all())
-    _require(within, "grid", "beyond [0, 1]", "give false positive rates")
+    require(within, "grid", "beyond [0, 1]", "give false positive rates")
 
 
 def _require_p_values(p_values: Sequence[float]) -> None:
     valid = len(p_values) > 0 and all(0 <= p <= 1 for p in p_values)
-    _require(valid, "p_values", tuple(p_values), "give at least one, each in [0, 1]")
+    require(valid, "p_values", tuple(p_values), "give at least one, each in [0, 1]")
 
 
 def _require_rate(value: float, argument: str) -> None:
-    _require(0 < value < 1, argument, value, "give a value in (0, 1)")
-
-
-def _require(condition: bool, argument: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise Unattackable(argument=argument, value=value, remedy=remedy)
+    require(0 < value < 1, argument, value, "give a value in (0, 1)")

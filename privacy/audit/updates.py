@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from privacy.audit.errors import require
 from privacy.audit.gradients import Loss, image_gradients, squared_norm
-from privacy.audit.queries import require
 
 # Of Adam on the signs of the gradient, as in the published code of Geiping et al. 2020.
 STEP_SIZE = 0.1

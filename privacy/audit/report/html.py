@@ -61,12 +61,13 @@ thead th { border-bottom: 2px solid var(--quiet); } tbody th { font-weight: 600;
 pre { background: var(--panel); padding: .7rem; border-radius: .3rem; white-space: pre-wrap; font-size: .88rem; }
 figure { margin: 1rem 0; } figure svg { width: 100%; max-width: 40rem; height: auto; display: block; }
 figcaption { color: var(--quiet); font-size: .92rem; }
-svg text { font-family: inherit; }
+svg text { font-family: inherit; paint-order: stroke; stroke: var(--paper); stroke-width: 3px;
+  stroke-linejoin: round; }
 details { border: 1px solid var(--grid); border-radius: .4rem; padding: .3rem .8rem; margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; }
 .pairs img { width: 48%; image-rendering: pixelated; background: #000; }
-@media (max-width: 44rem) {
+@media screen and (max-width: 44rem) {
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, caption, tbody, tr, td, tbody th { display: block; } colgroup { display: none; }
@@ -79,7 +80,7 @@ summary { cursor: pointer; font-weight: 600; }
     --INVALID: #4b5563; --RED: #b3141b; --AMBER: #8a5300; --GREEN: #1a6b36; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   tr, figure, .verdict, .alert, dl > * { break-inside: avoid; } h2, h3, caption { break-after: avoid; }
-  details > * { display: block; } details::details-content { content-visibility: visible; display: block; }
+  details::details-content { content-visibility: visible; display: block; }
 }
 """
 

@@ -37,6 +37,7 @@ LINE = 4.6  # mm
 BODY = 9.0  # points
 CHART_MM = 120.0
 PICTURE_MM = 20.0
+HEADED = 42.0  # mm: what must be left for a heading and the first of what it stands above
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "ink": (27, 31, 36),
@@ -80,7 +81,8 @@ class _Paper(FPDF):  # type: ignore[misc]
         self.add_font(f"{FONT}Mono", "", fonts / "DejaVuSansMono.ttf")
         self.set_title(report.title)
         self.set_lang("en")
-        self.set_creation_date(datetime.fromisoformat(report.created).replace(tzinfo=timezone.utc))
+        created = datetime.fromisoformat(report.created)
+        self.set_creation_date(created if created.tzinfo else created.replace(tzinfo=timezone.utc))
         self.set_margins(16, 16, 16)
         self.set_auto_page_break(True, margin=18)
 
@@ -94,7 +96,7 @@ class _Paper(FPDF):  # type: ignore[misc]
         self.set_y(-12)
         self.set_font(FONT, "", 7.5)
         self.set_text_color(*COLOURS["quiet"])
-        self.cell(0, 4, f"{printable(self._report.title)}   ·   page {self.page_no()}", align="C")
+        self.cell(0, 4, f"{printable(self._report.title)}   ·   page {self.page_no()} of {{nb}}", align="C")
 
     def write(self) -> None:
         """All of it."""
@@ -112,8 +114,8 @@ class _Paper(FPDF):  # type: ignore[misc]
 
     def _section(self, section: Section) -> None:
         self.ln(3)
-        if self.will_page_break(30):
-            self.add_page()
+        self._keep(HEADED)
+        self.start_section(printable(section.title))
         self._said(section.title, size=12, style="B")
         for block in section.blocks:
             self._block(block)
@@ -122,7 +124,7 @@ class _Paper(FPDF):  # type: ignore[misc]
         if isinstance(block, Paragraph):
             self._said(block.text)
         elif isinstance(block, Heading):
-            self._keep(20)
+            self._keep(HEADED)
             self._said(block.text, style="B")
         elif isinstance(block, Bullets):
             for item in block.items:
@@ -143,6 +145,7 @@ class _Paper(FPDF):  # type: ignore[misc]
         elif isinstance(block, Pictures):
             self._pictures(block.gallery)
         else:
+            self._keep(HEADED)
             self._said(block.summary, style="B")
             for inner in block.blocks:
                 self._block(inner)
@@ -196,13 +199,12 @@ class _Paper(FPDF):  # type: ignore[misc]
                     self.set_fill_color(*colour)
                     self.polygon(places, style="F")
                 continue
-            self.set_draw_color(*colour)
-            self.set_line_width(mark.width * scale)
-            if mark.dash:
-                self.set_dash_pattern(dash=mark.dash[0] * scale, gap=mark.dash[1] * scale)
-            self.polyline(places)
-            self.set_dash_pattern()
-        self.set_line_width(0.2)
+            # The default, a projecting cap, would close the gaps between dashes.
+            dash = (mark.dash[0] * scale, mark.dash[1] * scale, 0.0) if mark.dash else (0.0, 0.0, 0.0)
+            with self.local_context(
+                draw_color=colour, line_width=mark.width * scale, dash_pattern=dash, stroke_cap_style="butt"
+            ):
+                self.polyline(places)
         self.set_y(top + chart.height * scale + 3)
 
     def _label(self, label: Label, left: float, top: float, scale: float) -> None:
