@@ -28,7 +28,7 @@ class AuditConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     noise_levels: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3)
     patients: int | None = None
-    images_per_patient: int = 8
+    images_per_patient: int = 4
     reference_steps: int = 300
     control_steps: int = 300
     gradient_levels: tuple[float, ...] = (0.05, 0.2)
