@@ -18,7 +18,7 @@ class AuditConfig:
         patients: most members, and most held-outs, of each site; None takes all. They are drawn by a hash.
         images_per_patient: most images of each.
         reference_steps: gradient steps of each of the two reference models; 0 leaves calibrated attacks out.
-        control_steps: gradient steps with which the positive control is overfitted.
+        control_steps: gradient steps of a turn in which the positive control is overfitted; it takes up to six turns.
         gradient_levels: as ``noise_levels``, for gradient norms; empty leaves white-box attacks out.
         embedding_steps: gradient steps of the embedding in which copies are looked for.
         samples: samples that are screened for copies; 0 screens none.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from custom.audit_config import AuditConfig
 from custom.audit_target import denoiser, loss_function
-from custom.audit_training import fit
+from custom.audit_training import fit, overfit
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import Schedule
@@ -340,14 +340,14 @@ class Scorer:
         """The positive control: the model, trained further until it knows the control's members by heart."""
         started = time.monotonic()
         network, _ = self.model.sampling_network()
-        fit(
+        learnt = control.member[control.patient]
+        overfit(
             network,
             self.schedule,
-            control.images[control.member[control.patient]],
+            control.images[learnt],
+            control.images[~learnt],
             steps=self.config.control_steps,
-            seed=0,
             device=self.device,
-            label="overfitting the positive control",
             progress=self.progress,
         )
         self._cost("overfitting the positive control", 0.0, time.monotonic() - started)

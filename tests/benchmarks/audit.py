@@ -66,7 +66,10 @@ def main() -> None:
     experiment = ExperimentConfig.of_job(REPOSITORY / "jobs/ct_ddpm")
     if options.cohort == "embedded":
         source: EmbeddedSource | FolderSource = EmbeddedSource(hospital=0, patients=890, slices=8, matrix=64, seed=1)
-        limits, config = DataLimits(held_out_fraction=0.95), AuditConfig(patients=620, images_per_patient=2)
+        limits, config = (
+            DataLimits(held_out_fraction=0.95),
+            AuditConfig(patients=620, images_per_patient=1, reference_steps=0),
+        )
     else:
         source = FolderSource(folder=_real_patients(out))
         limits, config = DataLimits(held_out_fraction=0.5), AuditConfig()
@@ -83,7 +86,7 @@ def main() -> None:
     else:
         targets["dp"] = (_private(out, experiment, cohort, device), {"site-1": cohort})
     # Three hospitals with 89 held-outs each: more members would add nothing to the power.
-    configs = {"dp": replace(config, patients=200)} if options.cohort == "embedded" else {}
+    configs = {"dp": replace(config, patients=200, images_per_patient=2)} if options.cohort == "embedded" else {}
     audits = {name: _audited(out / name, *targets[name], configs.get(name, config), device) for name in MODELS}
     print(_table(audits))
     print(json.dumps({name: _summary(audit) for name, audit in audits.items()}))
