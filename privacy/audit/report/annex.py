@@ -56,10 +56,9 @@ def dpia(evidence: Evidence) -> tuple[Block, ...]:
     seen = {"central": "This audit saw all images on one machine.", "federated": "This audit saw counts only."}
     noise = "no differential privacy"
     if evidence.privacy is not None:
-        found = max((bound.epsilon for bound in evidence.privacy.lower_bounds), default=0.0)
-        noise = (
-            f"ε = {evidence.privacy.epsilon:.2f}, δ = {evidence.privacy.delta:g}; canaries show at least {found:.2f}"
-        )
+        bounds = [bound.epsilon for bound in evidence.privacy.lower_bounds]
+        tested = f"canaries show at least {max(bounds):.2f}" if bounds else "the claim was not tested with canaries"
+        noise = f"ε = {evidence.privacy.epsilon:.2f}, δ = {evidence.privacy.delta:g}; {tested}"
     return (
         Paragraph(
             "This annex sorts the findings by questions that supervisory authorities ask. It is input to the "

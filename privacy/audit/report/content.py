@@ -30,6 +30,7 @@ from privacy.audit.report.wording import (
     MEANING,
     area,
     count,
+    p_said,
     p_value,
     percent,
     reach,
@@ -196,6 +197,11 @@ def _threats(evidence: Evidence) -> Section:
         elif access == "updates" and not any(a.access == "updates" for a in evidence.attacks):
             said = "No attack on updates was run; at least what holds for the weights holds here."
         blocks += [Heading(title), Paragraph(f"{text} {said}")]
+        if own := [a.title for a in ranked(evidence) if a.access == access]:
+            blocks.append(Paragraph(f"Attacks that need this access and no more: {', '.join(own)}."))
+    if evidence.inversions:
+        redrawn = "; ".join(f"from {found.seen}: {found.rdlv:.2f}" for found in evidence.inversions)
+        blocks.append(Paragraph(f"Redrawing an image, relative data leakage value {redrawn} (0 or less is nothing)."))
     return Section(name="threats", title="What is exposed by what is released", blocks=tuple(blocks))
 
 
@@ -215,6 +221,7 @@ def _attacks(evidence: Evidence, rule: DecisionRule) -> Section:
             caption="Attacks at patient level, strongest on tuning data first; intervals are 95\u00a0%",
             columns=(
                 "Attack",
+                "With",
                 "AUC, patients",
                 "AUC, images",
                 "TPR at 10\u00a0% FPR",
@@ -224,6 +231,7 @@ def _attacks(evidence: Evidence, rule: DecisionRule) -> Section:
             rows=tuple(
                 (
                     attack.title,
+                    attack.access,
                     area(attack.outcome.patient_auc),
                     area(attack.outcome.slice_auc),
                     true_positives(attack.outcome.points, 0.1),
@@ -232,7 +240,7 @@ def _attacks(evidence: Evidence, rule: DecisionRule) -> Section:
                 )
                 for attack in ranked(evidence)
             ),
-            widths=(18, 17, 17, 18, 18, 12),
+            widths=(17, 11, 15, 15, 15, 15, 12),
         )
     )
     blocks.append(Details("How each attack works, and all seeds", tuple(_each(ranked(evidence)))))
@@ -300,11 +308,11 @@ def _checks(evidence: Evidence) -> Section:
     if blind is None:
         rows.append(("Blind test", "must be at chance", "not run", "failed"))
     else:
-        found = f"AUC {area(blind.patient_auc)}, p = {p_value(blind.p_value)}"
+        found = f"AUC {area(blind.patient_auc)}, {p_said(blind.p_value)}"
         rows.append(("Blind test", "must be at chance", found, "failed" if blind.confounded else "passed"))
     for control in evidence.controls:
         wanted = "must be caught" if control.kind == "positive" else "must not be caught"
-        found = f"AUC {area(control.patient_auc)}, p = {p_value(control.p_value)}"
+        found = f"AUC {area(control.patient_auc)}, {p_said(control.p_value)}"
         rows.append((f"Control: {control.name}", wanted, found, "passed" if control.passed else "failed"))
     explained = [
         (f"Control: {c.name}", f"{c.explanation} {c.members} against {c.non_members}.") for c in evidence.controls
@@ -452,7 +460,8 @@ def _sites(evidence: Evidence) -> Section:
         for row in evidence.sites
     )
     if not rows:
-        text = "Counts reached the server as sums only: no site's own figures are known."
+        why = {"central": "None were computed.", "federated": "Counts reached the server as sums only."}
+        text = f"{why[evidence.scope]} No site's own figures are known."
         return Section(name="sites", title="Site by site", blocks=(Paragraph(text),))
     table = Table(
         caption=f"{attack.title} at each site, report half",

@@ -78,8 +78,10 @@ summary { cursor: pointer; font-weight: 600; }
   :root { --paper: #fff; --ink: #000; --quiet: #444; --grid: #bbb; --panel: #f4f4f4; color-scheme: light;
     --first: #0b57a4; --second: #a0410d; --third: #5b3a9e; --limit: #1a6b36; --bad: #b3141b;
     --INVALID: #4b5563; --RED: #b3141b; --AMBER: #8a5300; --GREEN: #1a6b36; }
-  body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
-  tr, figure, .verdict, .alert, dl > * { break-inside: avoid; } h2, h3, caption { break-after: avoid; }
+  :root { font-size: 10pt; } body { max-width: none; padding: 0; } nav { display: none; }
+  table { font-size: 8pt; } th, td { padding: .2rem .3rem; } figure svg { max-width: 30rem; }
+  tr, figure, .verdict, .alert, dl > * { break-inside: avoid; }
+  h2, h3, summary, caption, thead { break-after: avoid; } tbody tr:first-child { break-before: avoid; }
   details::details-content { content-visibility: visible; display: block; }
 }
 """

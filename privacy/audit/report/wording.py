@@ -51,6 +51,11 @@ def p_value(p: float) -> str:
     return "<\u00a00.001" if p < 0.001 else f"{p:.3f}"
 
 
+def p_said(p: float) -> str:
+    """The same in running text, such as ``p = 0.470``."""
+    return f"p {p_value(p)}" if p < 0.001 else f"p = {p_value(p)}"
+
+
 def area(interval: Interval) -> str:
     """An AUC with its interval."""
     return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
