@@ -86,7 +86,7 @@ def main() -> None:
     else:
         targets["dp"] = (_private(out, experiment, cohort, device), {"site-1": cohort})
     # Three hospitals with 89 held-outs each: more members would add nothing to the power.
-    configs = {"dp": replace(config, patients=200, images_per_patient=2)} if options.cohort == "embedded" else {}
+    configs = {"dp": replace(config, patients=200)} if options.cohort == "embedded" else {}
     audits = {name: _audited(out / name, *targets[name], configs.get(name, config), device) for name in MODELS}
     print(_table(audits))
     print(json.dumps({name: _summary(audit) for name, audit in audits.items()}))
