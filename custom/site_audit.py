@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +61,9 @@ Counts = dict[str, NDArray[np.int64]]
 class SiteAudit:
     """What a site remembers between the tasks of one audit is the scores of its images, in its own folder.
 
+    Without masks each task is answered once (with them, one sum of it is all that is ever unmasked): whoever could ask again, with edges moved a little, would learn single scores from the
+    differences of counts, however many patients stand behind each.
+
     Args:
         home: the site's.
         site: its name, which decides the split with the pseudonyms.
@@ -78,7 +80,7 @@ class SiteAudit:
         self._pictures = home / "pictures" / experiment.name / run_id
         self._site, self._experiment, self._policy = site, experiment, policy
         self._config = audit_of(experiment)
-        self._least = 1 if masked else policy.min_count
+        self._masked, self._least = masked, 1 if masked else policy.min_count
 
     def answer(
         self,
@@ -99,10 +101,13 @@ class SiteAudit:
 
         Raises:
             Unattackable: too few patients, or statistics that cannot be had.
-            ConfigError: a task before the first one, or an agreement that does not fit.
+            ConfigError: a task before the first one, a task for the second time, or an agreement that does not fit.
         """
+        if not self._masked:
+            self._answer_once(task)
         population = population_of(cohort, self._site, self._config)
         if task == tasks.AUDIT_COPIES:
+            self._scores.unlink(missing_ok=True)
             return self._copies(arrays[tasks.SAMPLES].astype(np.float32) / 127.5 - 1, population, device)
         if task == tasks.AUDIT_RANGE:
             weights = {name: torch.tensor(array) for name, array in arrays.items()}
@@ -118,7 +123,8 @@ class SiteAudit:
         counts = self._report(groups, agreement)
         if self._experiment.secure_aggregation is None:
             counts[MANIFEST] = np.frombuffer(bytes.fromhex(cohort.manifest_sha256), np.uint8).astype(np.int64)
-        shutil.rmtree(self._folder)
+        if not self._masked:
+            self._scores.unlink()
         return counts
 
     def _ranges(self, groups: Mapping[str, Group]) -> Counts:
@@ -247,15 +253,26 @@ class SiteAudit:
         arrays = {f"{name}/{s.name}": s.scores for name, group in groups.items() for s in group.scored}
         stream = io.BytesIO()
         np.savez(stream, **arrays)  # type: ignore[arg-type]
-        write_atomically(self._folder / "scores.npz", stream.getvalue())
-        (self._folder / "scores.npz").chmod(0o600)
+        write_atomically(self._scores, stream.getvalue())
+        self._scores.chmod(0o600)
 
     def _kept(self) -> dict[str, NDArray[np.float64]]:
-        file = self._folder / "scores.npz"
-        if not file.is_file():
+        if not self._scores.is_file():
             raise ConfigError("audit = no scores of this run here: its first task comes first; start the audit anew")
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(self._scores, allow_pickle=False) as arrays:
             return dict(arrays)
+
+    @property
+    def _scores(self) -> Path:
+        return self._folder / "scores.npz"
+
+    def _answer_once(self, task: str) -> None:
+        """Note before anything is computed that a task is being answered, which survives a crash."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            (self._folder / f"{task}.asked").touch(exist_ok=False)
+        except FileExistsError:
+            raise ConfigError(f"{task} = asked before in this audit: each is answered once; start it anew") from None
 
 
 def _found(groups: Mapping[str, Group], group: str, attack: str) -> tuple[Group, Any]:

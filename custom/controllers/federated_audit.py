@@ -43,8 +43,6 @@ from privacy.audit.report.document import write_json
 from privacy.audit.report.html import write_html
 from privacy.audit.report.pdf import write_pdf
 
-COMMAND = "nvflare simulator jobs/ct_audit"
-
 
 class FederatedAudit(SecureFedAvg):
     """Audits the newest completed run of the experiment that ``audit.model`` names, over all connected sites.
@@ -100,7 +98,7 @@ class FederatedAudit(SecureFedAvg):
             report,
             copies,
             created=datetime.now(timezone.utc).date().isoformat(),
-            command=COMMAND,
+            command=f"nvflare simulator jobs/{experiment.name}",
             seconds=time.monotonic() - started,
         )
         audit = decided(evidence, DecisionRule())

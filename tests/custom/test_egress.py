@@ -10,7 +10,9 @@ from nvflare.apis.dxo import DXO, DataKind, MetaKey
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 
-from custom.codec import metrics_reply, to_torch, update_reply
+from custom.audit_config import AuditConfig
+from custom.audit_counts import AUDIT_TASKS, audit_shapes
+from custom.codec import counts_reply, metrics_reply, to_torch, update_reply
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes, parameter_shapes
 from custom.egress import (
@@ -272,3 +274,30 @@ def test_mean_image_leave_only_where_the_job_plans_them(
     for config, said in ((experiment, meta), (without, {"weight": 1.0, "metrics": {}})):
         with pytest.raises(EgressRefused, match="tensor"):
             passed(reply_of(mean_image, said), config)
+
+
+# ---- an audit
+
+
+def test_from_an_audit_nothing_leaves_but_the_counts_of_one_task(experiment: ExperimentConfig) -> None:
+    audited = replace(experiment, audit=AuditConfig(model="small", samples=4))
+    shapes = {task: audit_shapes(audited, task) for task in AUDIT_TASKS}
+    counts = {
+        task: {name: np.zeros(shape, dtype=np.int64) for name, shape in of.items()} for task, of in shapes.items()
+    }
+    for arrays in counts.values():
+        reply = counts_reply(arrays)
+        assert passed(reply, audited) is reply
+    one, other, *_ = counts.values()
+    for wrong in (
+        DXO(DataKind.WEIGHTS, data={**one, **other}),
+        DXO(DataKind.WEIGHTS, data={}),
+        DXO(DataKind.WEIGHTS, data=one, meta={"patients": 3}),
+        DXO(DataKind.WEIGHT_DIFF, data=one),
+        DXO(DataKind.METRICS, data={"held_out_loss": 1.0}),
+        DXO(DataKind.WEIGHTS, data={name: array.astype(np.float64) for name, array in one.items()}),
+    ):
+        with pytest.raises(EgressRefused):
+            passed(wrong.to_shareable(), audited)
+    with pytest.raises(EgressRefused):
+        passed(counts_reply(one), experiment)  # outside of an audit

@@ -259,6 +259,30 @@ def test_a_later_task_without_the_first_is_refused(asked: ExperimentConfig, tmp_
         site.answer(tasks.AUDIT_TUNE, COHORTS["a"], {}, Agreement(), CPU)
 
 
+def test_a_repeated_attempt_at_a_masked_sum_is_answered(
+    asked: ExperimentConfig, model: ModelFile, tmp_path: Path
+) -> None:
+    """Its first attempt may have failed; the sessions see to it that one of them is unmasked."""
+    from custom.secure_config import SecureAggregationConfig
+
+    masked = replace(asked, secure_aggregation=SecureAggregationConfig())
+    site = SiteAudit(tmp_path, "a", masked, "run", AuditPolicy(), masked=True)
+    weights = {name: tensor.numpy() for name, tensor in model.ema.items()}
+    once, again = (site.answer(tasks.AUDIT_RANGE, COHORTS["a"], weights, Agreement(), CPU) for _ in range(2))
+    assert all(np.array_equal(once[name], again[name]) for name in once)
+
+
+def test_no_task_is_answered_twice(asked: ExperimentConfig, model: ModelFile, tmp_path: Path) -> None:
+    """Two grids whose edges differ a little would tell whose score lies between them."""
+    federation = Federation(asked, model, tmp_path, AuditPolicy())
+    _, agreement, _ = federation.run()
+    weights = {name: tensor.numpy() for name, tensor in model.ema.items()}
+    for task in AUDIT_TASKS:
+        site = SiteAudit(tmp_path / "a", "a", asked, "run", AuditPolicy(), masked=False)
+        with pytest.raises(ConfigError, match="answered once"):
+            site.answer(task, COHORTS["a"], weights, agreement, CPU)
+
+
 def test_scores_do_not_outlive_the_audit(asked: ExperimentConfig, model: ModelFile, tmp_path: Path) -> None:
     Federation(asked, model, tmp_path, AuditPolicy()).run()
     assert not list(tmp_path.rglob("scores.npz"))
