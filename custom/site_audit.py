@@ -61,8 +61,9 @@ Counts = dict[str, NDArray[np.int64]]
 class SiteAudit:
     """What a site remembers between the tasks of one audit is the scores of its images, in its own folder.
 
-    Without masks each task is answered once (with them, one sum of it is all that is ever unmasked): whoever could ask again, with edges moved a little, would learn single scores from the
-    differences of counts, however many patients stand behind each.
+    Without masks each task is answered once (with them, one sum of it is all that is ever unmasked): whoever could ask
+    again, with edges moved a little, would learn single scores from the differences of counts, however many patients
+    stand behind each.
 
     Args:
         home: the site's.

@@ -88,7 +88,9 @@ def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
         from custom.audit_counts import AUDIT_TASKS, audit_shapes
 
         named = [shapes for task in AUDIT_TASKS if set(shapes := audit_shapes(config, task)) == set(dxo.data)]
-        check_counts(dxo.data, shapes=named[0] if named else {})
+        if not named:
+            raise EgressRefused("counts: must be all of one task's, under their names, and nothing else")
+        check_counts(dxo.data, shapes=named[0])
     elif dxo.data_kind == DataKind.WEIGHT_DIFF:
         shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
         before_training = mean_image_shape(config)
