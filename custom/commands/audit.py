@@ -49,9 +49,6 @@ def run(options: argparse.Namespace) -> int:
     """Audit and write; the exit code is 0 for a report, whatever it says."""
     from datetime import datetime, timezone
 
-    from privacy.audit.report.html import write_html
-    from privacy.audit.report.pdf import write_pdf
-
     from custom.audit import audit_model
     from custom.device import use
     from custom.model_file import load_model
@@ -60,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     from custom.strict import require
     from medical_data.cohort import prepare_cohort
     from privacy.audit.report.document import audit_of, write_json
+    from privacy.audit.report.html import write_html
+    from privacy.audit.report.pdf import write_pdf
 
     require(not options.out.exists(), argument="out", value=str(options.out), remedy="choose a folder that is new")
     model = load_model(options.model)
