@@ -10,6 +10,7 @@ from custom.commands import audit, data, evaluate, ledger, plan, pretrain, recei
 from custom.run_folder import RunFailed
 from custom.strict import ConfigError
 from medical_data.errors import MedicalDataError
+from poc import commands as federation
 from privacy.errors import PrivacyError
 
 # What a user can mend: one line with the remedy, no traceback.
@@ -32,7 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fedct {metadata.version('fedct')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (data, plan, pretrain, sample, evaluate, audit, release, receipt, ledger, simulator_keys):
+    for command in (
+        data,
+        plan,
+        pretrain,
+        sample,
+        evaluate,
+        audit,
+        release,
+        receipt,
+        ledger,
+        simulator_keys,
+        federation,
+    ):
         command.register(commands)
     options = parser.parse_args(arguments)
     try:

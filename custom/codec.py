@@ -34,6 +34,7 @@ MESSAGE = "secagg"
 # In a task of an audit: what the sites have agreed on.
 AGREEMENT = "audit"
 MASKED = "masked"
+RESULTS = "results"  # folder in a job's workspace at the server
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -234,6 +235,11 @@ def he_context(fl_ctx: FLContext, name: str, *, secret_key: bool) -> Any:
         raise ConfigError(f"{name} = no startup folder; make it: {REMEDY}") from error
     check_context(context, name, secret_key=secret_key)
     return context
+
+
+def results_folder(fl_ctx: FLContext) -> Path:
+    """Where the server puts what whoever handed in the job may download: NVFlare archives the job's own folder."""
+    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / RESULTS
 
 
 def workspace_root(fl_ctx: FLContext) -> Path:

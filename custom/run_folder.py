@@ -10,6 +10,7 @@
     samples.png         its samples            | only if the run was completed
     metrics.json        its figures            |
     receipt.json        what happened         /  (or ``"status": "failed"`` and why)
+    jobs.txt            NVFlare's ids of the jobs that worked on it, a line each
 
 An audit leaves its report instead of a model: ``audit.json``, ``audit.html`` and ``audit.pdf``.
 """
@@ -20,6 +21,7 @@ import hashlib
 import json
 import re
 import secrets
+import shutil
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +36,20 @@ if TYPE_CHECKING:
 
 KEPT_CHECKPOINTS = 3
 MODEL_FILE, AUDIT_FILE = "model.safetensors", "audit.json"  # what a receipt vouches for
+JOBS_FILE = "jobs.txt"
+# What whoever handed in the job may take home.
+PRODUCTS = (
+    EXPERIMENT_FILE,
+    "rounds.jsonl",
+    MODEL_FILE,
+    "samples.png",
+    "mean_image.png",
+    "metrics.json",
+    AUDIT_FILE,
+    "audit.html",
+    "audit.pdf",
+    "receipt.json",
+)
 RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 
 
@@ -84,6 +100,22 @@ class RunFolder:
         """Names the run at the sites."""
         return self.path.name
 
+    def experiment(self) -> ExperimentConfig:
+        """The configuration that the run began with."""
+        return ExperimentConfig.load(self.path / EXPERIMENT_FILE)
+
+    def note_job(self, job_id: str) -> None:
+        """Write down that a job works on this run."""
+        with (self.path / JOBS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(f"{job_id}\n")
+
+    def copy_products(self, folder: Path) -> None:
+        """Copy what the run gave, the receipt last, to where NVFlare lets it be downloaded from."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in PRODUCTS:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
+
     def save_round(self, model: ModelFile) -> None:
         """Write the checkpoint after a round and drop those too old to resume from."""
         from custom.model_file import save_checkpoint
@@ -132,7 +164,7 @@ class RunFolder:
         self._receipt("failed", reason)
 
     def _receipt(self, status: str, reason: str | None) -> None:
-        experiment = ExperimentConfig.load(self.path / EXPERIMENT_FILE)
+        experiment = self.experiment()
         product = self.path / (MODEL_FILE if experiment.audit is None else AUDIT_FILE)
         records = self.records()
         self._write_json(
@@ -193,12 +225,17 @@ def check_receipt(path: Path) -> dict[str, Any]:
     return receipt
 
 
+def run_folders(runs: Path, experiment: str) -> list[Path]:
+    """The folders of an experiment's runs, in the order in which they were started."""
+    return sorted(folder for folder in (runs / experiment).glob("*") if RUN_ID.fullmatch(folder.name))
+
+
 def newest_run(runs: Path, experiment: str) -> Path:
     """The folder of the run that was started last; raises ``ConfigError`` if there is none."""
-    folders = [f for f in (runs / experiment).glob("*") if RUN_ID.fullmatch(f.name)]
+    folders = run_folders(runs, experiment)
     if not folders:
         raise ConfigError(f"runs = {runs / experiment}: none there; start one: nvflare simulator jobs/{experiment}")
-    return max(folders, key=lambda folder: folder.name)
+    return folders[-1]
 
 
 def file_sha256(file: Path) -> str:

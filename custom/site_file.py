@@ -60,6 +60,7 @@ class SiteConfig:
         limits: what the site demands of its cohort.
         hardware: what it trains on.
         audit: what it demands of an audit before a model that knows its patients is released.
+        jobs: names of the experiments that the site takes part in; None: in all that its policy lets pass.
     """
 
     home: Path
@@ -69,6 +70,7 @@ class SiteConfig:
     limits: DataLimits = field(default_factory=DataLimits)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     audit: AuditPolicy = field(default_factory=AuditPolicy)
+    jobs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,11 @@ def simulated_kits(workspace: Path) -> tuple[Path, dict[str, Path]]:
     return base / server["kit"], {name: base / table["kit"] for name, table in sites.items()}
 
 
+def read_tables(file: Path) -> Mapping[str, Any]:
+    """The tables of a site file as they stand there; raises like :func:`site_config`."""
+    return _parse(file)
+
+
 def load_site(file: Path, name: str) -> SiteConfig:
     """The settings of one site from a file named on the command line; raises like :func:`site_config`."""
     sites = _parse(file).get("sites", {})
@@ -141,7 +148,7 @@ def load_site(file: Path, name: str) -> SiteConfig:
 
 
 def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> SiteConfig:
-    known = {"home", "data", "policy", "kit", "limits", "hardware", "audit"}
+    known = {"home", "data", "policy", "kit", "limits", "hardware", "audit", "jobs"}
     require(
         set(table) <= known,
         argument=name,
@@ -173,7 +180,14 @@ def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> 
         limits=build(DataLimits, table.get("limits", {}), f"{name}.limits"),
         hardware=build(HardwareConfig, table.get("hardware", {}), f"{name}.hardware"),
         audit=build(AuditPolicy, table.get("audit", {}), f"{name}.audit"),
+        jobs=_names(table["jobs"], f"{name}.jobs") if "jobs" in table else None,
     )
+
+
+def _names(value: Any, argument: str) -> tuple[str, ...]:
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    require(names, argument=argument, value=value, remedy="give an array of experiments' names, such as ['ct_ddpm']")
+    return tuple(value)
 
 
 def _read(workspace_root: Path) -> tuple[Mapping[str, Any], Path]:

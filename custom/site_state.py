@@ -46,8 +46,10 @@ class SiteState:
         return dict(load_file(self._file(max(earlier)))) if earlier else {}
 
     def save(self, round_number: int, tensors: dict[str, Tensor]) -> None:
-        """Keep the tensors of a finished round and drop those that no restart can need."""
-        write_atomically(self._file(round_number), save(tensors))
+        """Keep the tensors of a finished round, unless they are kept, and drop those that no restart can need."""
+        file, content = self._file(round_number), save(tensors)
+        if not file.exists() or file.read_bytes() != content:
+            write_atomically(file, content)
         for old in sorted(self._rounds())[:-KEPT_ROUNDS]:
             self._file(old).unlink(missing_ok=True)
 

@@ -1,1 +1,1 @@
-"""A provisioned federation on one machine or on many."""
+"""A provisioned federation: its kits, what a site writes into its own, and one that runs on this machine."""

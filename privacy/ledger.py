@@ -16,7 +16,9 @@ counts.
 The order of things. ``reserve`` sets a run's planned releases aside before it trains, so that jobs at the same time
 cannot overspend; ``begin`` hands out the number of an attempt at one of them, which is never handed out again;
 ``charge`` stands before the bytes leave; ``close`` gives back what a run set aside and did not use. A process that died
-begins anew: the next attempt is another release with fresh randomness, charged once if it leaves.
+before its charge begins anew: the next attempt is another release with fresh randomness, charged once if it leaves.
+Bytes that were charged may leave again and again: whoever has them learns nothing from a copy. ``newest_charge`` says
+which they are.
 
 PrivacyError
 ├── BudgetExceeded   the site's budget does not cover it
@@ -235,6 +237,15 @@ class Ledger:
             entry = {"kind": "charge", "release": release, "number": number, "event": event.to_json(), "sha256": sha256}
             self._write(transaction, state, run, entry, budgets)
             return state.charges[-1]
+
+    def newest_charge(self, run: Run, release: str) -> Charge | None:
+        """The charge of a release's newest attempt that has one; None if nothing of it was ever charged.
+
+        Bytes of that SHA-256 may leave again, and cost nothing. Nothing is written.
+        """
+        with self._open() as (_, state):
+            charges = state.run(run).charges.get(release, {})
+            return charges[max(charges)] if charges else None
 
     def close(self, run: Run) -> None:
         """Give back what a run set aside and did not use; what it spent stays spent. Again: nothing happens.

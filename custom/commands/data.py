@@ -1,42 +1,88 @@
-"""``fedct data``: look at a site's scans, prepare them for training, write an embedded cohort."""
+"""``fedct data``: fetch a site's scans, look at them, prepare them for training, write an embedded cohort."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from custom.config import ExperimentConfig
 from custom.site_file import load_site
+from custom.strict import require
 from medical_data.cohort import prepare_cohort
 from medical_data.deidentify import SECRET_BYTES, Pseudonymizer, site_secret
 from medical_data.inspection import InspectionReport, iter_volumes
 from medical_data.phantom import PhantomConfig, write_cohort
 
-OK, NOTHING_ACCEPTED = 0, 1
+if TYPE_CHECKING:
+    from medical_data.dicomweb_server import Server
+
+OK, NOTHING_ACCEPTED, NOTHING_FOUND, INCOMPLETE = 0, 1, 1, 2
+
+TOKEN_VARIABLE, CREDENTIALS_VARIABLE = "FEDCT_PACS_TOKEN", "FEDCT_PACS_CREDENTIALS"
 
 _FORMATS = ("auto", "dicom", "nifti")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``data`` with ``inspect``, ``prepare`` and ``phantom``.
+    """Add ``data`` with ``pull``, ``inspect``, ``prepare`` and ``phantom``.
 
     Each sets ``func(args)``, which returns the exit code and leaves errors that a user can mend to its caller.
     """
     data = subparsers.add_parser(
         "data",
-        help="inspect and prepare a site's scans",
-        description="Look at a site's scans, prepare them for training, or write an embedded cohort. "
-        "Everything stays on this machine.",
+        help="fetch, inspect and prepare a site's scans",
+        description="Fetch a site's scans from its PACS, look at them, prepare them for training, or write an "
+        "embedded cohort. Everything stays on this machine.",
     )
     commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _register_pull(commands)
     _register_inspect(commands)
     _register_prepare(commands)
     _register_phantom(commands)
+
+
+def _register_pull(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "pull",
+        help="fetch a CT cohort from a DICOMweb server into a folder of scans",
+        description="Search a DICOMweb server (PACS) for CT series and fetch their images into a folder that the site "
+        "file can name. What it writes is still identifiable, exactly as the server sends it: names and dates stay "
+        "in the files until a job reads them, so give a folder that only the site may read. An image is there whole "
+        "or not at all; the same command again fetches only what is missing, however the last one ended. It prints "
+        "counts, no patient data. Exit code: 0 if all that was found is in the folder, 1 if nothing was found, 2 if "
+        "the server could not give everything.",
+        epilog=f"Who we are comes from a file that only its owner may read, or from the environment: {TOKEN_VARIABLE} "
+        f"(a bearer token) or {CREDENTIALS_VARIABLE} (user:password). The environment's proxies are not used.",
+    )
+    parser.add_argument(
+        "url", metavar="URL", help="of the DICOMweb service, such as https://pacs.example.org/dicom-web"
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of scans; made where it is not there")
+    parser.add_argument(
+        "--query",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="only series with this DICOM attribute, such as StudyDate=20200101-20201231, StudyDescription=*THORAX* "
+        "or BodyPartExamined=CHEST; can be given several times, and all must hold. Modality is always CT. Other users "
+        "of this machine can see a command: do not name patients",
+    )
+    parser.add_argument("--limit", metavar="N", type=int, help="at most so many patients, with all their series")
+    parser.add_argument("--token-file", metavar="FILE", type=Path, help="file with a bearer token, mode 0600")
+    parser.add_argument("--credentials-file", metavar="FILE", type=Path, help="file with user:password, mode 0600")
+    parser.add_argument("--ca", metavar="FILE", type=Path, help="authorities to trust instead of the public ones (PEM)")
+    parser.add_argument("--client-cert", metavar="FILE", type=Path, help="our certificate and its key in one PEM file")
+    parser.add_argument(
+        "--allow-http", action="store_true", help="allow patients to travel unencrypted to another machine"
+    )
+    parser.set_defaults(func=_pull)
 
 
 def _register_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -112,6 +158,54 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 def _progress() -> bool:
     return sys.stderr.isatty()
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from medical_data.dicomweb import Query, pull
+
+    report = pull(
+        _server(args),
+        Query(filters=_filters(args.query), max_patients=args.limit),
+        args.folder,
+        progress=_progress(),
+    )
+    print(report.text())
+    if report.failed:
+        return INCOMPLETE
+    return OK if report.series else NOTHING_FOUND
+
+
+def _server(args: argparse.Namespace) -> Server:
+    from medical_data.dicomweb_server import Server, read_credentials
+
+    ways = {
+        "--token-file": args.token_file,
+        "--credentials-file": args.credentials_file,
+        TOKEN_VARIABLE: os.environ.get(TOKEN_VARIABLE),
+        CREDENTIALS_VARIABLE: os.environ.get(CREDENTIALS_VARIABLE),
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    require(len(given) <= 1, argument="credentials", value=given, remedy="give one way to log in")
+    secret = {name: read_credentials(ways[name]) if name.startswith("--") else ways[name] for name in given}
+    return Server(
+        url=args.url,
+        token=secret.get("--token-file", secret.get(TOKEN_VARIABLE)),
+        credentials=secret.get("--credentials-file", secret.get(CREDENTIALS_VARIABLE)),
+        ca=args.ca,
+        client_cert=args.client_cert,
+        allow_http=args.allow_http,
+    )
+
+
+def _filters(words: list[str]) -> dict[str, str]:
+    filters: dict[str, str] = {}
+    for word in words:
+        keyword, equals, value = word.partition("=")
+        # Never the value: it may name a patient.
+        require(bool(equals), argument="--query", value="without =", remedy="give KEY=VALUE")
+        require(keyword not in filters, argument="--query", value=keyword, remedy="given twice; give it once")
+        filters[keyword] = value
+    return filters
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -29,8 +29,8 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Calibrate, print, ask the policy."""
     from custom.config import ExperimentConfig
-    from custom.egress import statistics_that_leave
     from custom.job_plan import privacy_plan
+    from custom.job_policy import ask_policy
     from custom.site_file import load_site
     from custom.strict import ConfigError, require
     from privacy.policy import PolicyRefused
@@ -46,15 +46,8 @@ def run(options: argparse.Namespace) -> int:
         write_atomically(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
     if options.site is None:
         return 0
-    policy = load_site(options.site_file, options.site).policy
-    patients = max(policy.min_patients, 1 if plan is None else plan.patients)
     try:
-        policy.check(
-            plan,
-            patients=patients,
-            rounds=experiment.federation.rounds,
-            leaves=statistics_that_leave(experiment),
-        )
+        patients = ask_policy(load_site(options.site_file, options.site).policy, experiment)
     except PolicyRefused as refusal:
         print(f"{options.site} refuses it: {refusal}")
         return 1

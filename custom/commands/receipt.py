@@ -27,16 +27,25 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check and print."""
     from custom.config import EXPERIMENT_FILE
-    from custom.run_folder import AUDIT_FILE, RunFailed, check_receipt, newest_run
+    from custom.run_folder import RunFailed, newest_run
 
     named = Path(options.experiment)
     folder = named if named.is_dir() and (named / EXPERIMENT_FILE).is_file() else newest_run(options.runs, named.name)
     marker = options.newer_than
     if marker is not None and (folder / EXPERIMENT_FILE).stat().st_mtime < marker.stat().st_mtime:
         raise RunFailed(f"{folder}: the newest run began before {marker} was written: this one left no folder")
+    report(folder)
+    return 0
+
+
+def report(folder: Path) -> None:
+    """Print what a completed run left; raises ``RunFailed`` as :func:`custom.run_folder.check_receipt`."""
+    from custom.run_folder import AUDIT_FILE, check_receipt
+
     receipt = check_receipt(folder)
     if receipt["product"] == AUDIT_FILE:
-        return _audit(folder)
+        _audit(folder)
+        return
     mean = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["mean"]
     print(f"completed: {receipt['rounds_done']} of {receipt['rounds_asked']} rounds")
     if receipt["reason"] is not None:
@@ -52,14 +61,12 @@ def run(options: argparse.Namespace) -> int:
         ("model", "model.safetensors"),
     ):
         print(f"{what + ':':9}{folder / name}")
-    return 0
 
 
-def _audit(folder: Path) -> int:
+def _audit(folder: Path) -> None:
     from privacy.audit.report.document import load_audit
 
     decision = load_audit(folder / "audit.json").decision
     print(f"{decision.verdict}: {decision.sentence}")
     for what, name in (("report", "audit.html"), ("to print", "audit.pdf"), ("evidence", "audit.json")):
         print(f"{what + ':':10}{folder / name}")
-    return 0

@@ -25,6 +25,7 @@ from custom.codec import (
     TaskHeader,
     experiment_of,
     reply_meta,
+    results_folder,
     task_model,
     to_numpy,
     to_torch,
@@ -107,6 +108,7 @@ class DiffusionFedAvg(FedAvg):
         else:
             folder = RunFolder.create(server.runs, experiment)
         self.info(f"run folder: {folder.path}")
+        folder.note_job(self.fl_ctx.get_job_id())
         try:
             plan = privacy_plan(experiment)
             if plan is not None:
@@ -120,6 +122,8 @@ class DiffusionFedAvg(FedAvg):
         except Exception as error:
             folder.fail(f"{type(error).__name__}: {error}")
             raise
+        finally:
+            folder.copy_products(results_folder(self.fl_ctx))
         self.info(f"completed: {folder.path / 'receipt.json'}")
 
     def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:

@@ -20,6 +20,7 @@ from custom.codec import (
     TaskHeader,
     ToSite,
     experiment_of,
+    results_folder,
     task_model,
     to_numpy,
     workspace_root,
@@ -66,11 +67,14 @@ class FederatedAudit(SecureFedAvg):
         _require_same(model.experiment, experiment)
         folder = RunFolder.create(server.runs, experiment)
         self.info(f"auditing {run / MODEL_FILE}; run folder: {folder.path}")
+        folder.note_job(self.fl_ctx.get_job_id())
         try:
             self._audit(experiment, model, sha256, folder)
         except Exception as error:
             folder.fail(f"{type(error).__name__}: {error}")
             raise
+        finally:
+            folder.copy_products(results_folder(self.fl_ctx))
         self.info(f"completed: {folder.path / 'audit.html'}")
 
     def _check(self, experiment: ExperimentConfig, server: ServerConfig) -> None:

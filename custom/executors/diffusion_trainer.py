@@ -1,8 +1,8 @@
 """The site's side of a run: train a round, compare samples with held-out patients, open an encrypted sum.
 
 Under differential privacy a release is trained for only after the site's policy has passed the job and its ledger has
-set the cost aside, and leaves only after it was charged. Under secure aggregation whatever would leave goes under masks
-first; they are made before the work begins.
+set the cost aside, and leaves only after it was charged; asked for again, the same bytes leave again and cost nothing.
+Under secure aggregation whatever would leave goes under masks first; they are made before the work begins.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from custom.filters.encryption import require_encryption
 from custom.he_contexts import CLIENT_CONTEXT
 from custom.he_packing import opened, packed_name
 from custom.job_plan import privacy_plan
+from custom.kept_release import KeptRelease, Request, charged_release, drop, keep
 from custom.masked_vector import shared_noise_encoding
 from custom.pictures import real_and_generated
 from custom.privacy_config import MeanImageConfig
@@ -135,20 +136,17 @@ class _Site:
         )
         return cohort
 
-    def begin(self, plan: DPPlan, header: TaskHeader, release: str) -> tuple[Ledger, Attempt]:
-        """Set the run's cost aside, unless it was before, and begin a release: fresh noise, never handed out again."""
-        ledger, budgets = open_ledger(self.config.home), self.config.policy.budgets
-        run = Run(job=self.experiment.name, run_id=header.run_id)
-        ledger.reserve(run, plan.releases(), budgets=budgets)
-        return ledger, ledger.begin(run, release, budgets=budgets)
+    def state(self, header: TaskHeader) -> SiteState:
+        """What the site remembers of the run."""
+        return SiteState.of_run(
+            self.config.home, self.experiment.name, header.run_id, private=self.experiment.privacy is not None
+        )
 
-    def charged(
-        self, ledger: Ledger, attempt: Attempt, event: MechanismEvent, arrays: Mapping[str, Tensor]
-    ) -> Shareable:
-        """The reply with what was released, once it was checked and the ledger has charged it."""
-        reply = checked(update_reply(arrays, weight=1.0, metrics={}), self.experiment)
-        ledger.charge(attempt, event, sha256=release_sha256(arrays), budgets=self.config.policy.budgets)
-        return reply
+    def reserved(self, plan: DPPlan, header: TaskHeader) -> tuple[Ledger, Run]:
+        """The ledger, with the run's cost set aside in it, now or before."""
+        ledger, run = open_ledger(self.config.home), Run(job=self.experiment.name, run_id=header.run_id)
+        ledger.reserve(run, plan.releases(), budgets=self.config.policy.budgets)
+        return ledger, run
 
     def _cohort(self) -> Cohort:
         start = time.monotonic()
@@ -165,6 +163,63 @@ class _Site:
     def say(self, text: str) -> None:
         """A line on the site's own console and in its log."""
         logger.info(f"[{self.name}] {text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A release with this site's own noise, as the server asks for it."""
+
+    site: _Site
+    ledger: Ledger
+    request: Request
+    state: SiteState
+
+    @classmethod
+    def of(cls, site: _Site, plan: DPPlan, header: TaskHeader, release: str, arrays: Mapping[str, Tensor]) -> _Asked:
+        """From a task; the run's cost is set aside, now or before."""
+        ledger, run = site.reserved(plan, header)
+        request = Request(
+            run=run,
+            release=release,
+            round_number=header.round_number,
+            arrays_sha256=release_sha256(arrays),
+            config_sha256=site.experiment.sha256,
+        )
+        return cls(site=site, ledger=ledger, request=request, state=site.state(header))
+
+    def again(self) -> Shareable | None:
+        """The reply that was charged for this very request, to be sent again; None if there must be a fresh one."""
+        kept = charged_release(self.state.folder, self.ledger, self.request.run)
+        if kept is None:
+            return None
+        if kept.state and kept.request.round_number <= self.request.round_number:
+            # The site may have died between the charge and this.
+            self.state.save(kept.request.round_number, kept.state)
+        if kept.request != self.request:
+            return None
+        self.site.say(f"{self.request.release} is asked for again: what was charged leaves again, nothing is charged")
+        return self._reply(kept.arrays)
+
+    def begin(self) -> Attempt:
+        """Begin a fresh one: noise that was never handed out."""
+        budgets = self.site.config.policy.budgets
+        return self.ledger.begin(self.request.run, self.request.release, budgets=budgets)
+
+    def charged(
+        self, attempt: Attempt, event: MechanismEvent, arrays: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> Shareable:
+        """The reply with what was released, once it was checked and kept, and the ledger has charged it."""
+        reply = self._reply(arrays)
+        # Before the charge: whatever was charged can be sent again.
+        keep(self.state.folder, KeptRelease(request=self.request, arrays=arrays, state=state))
+        self.ledger.charge(attempt, event, sha256=release_sha256(arrays), budgets=self.site.config.policy.budgets)
+        if state:  # After the charge: what a later round builds on has been paid for.
+            self.state.save(self.request.round_number, state)
+        return reply
+
+    def _reply(self, arrays: Mapping[str, Tensor]) -> Shareable:
+        in_order = {name: arrays[name] for name in sorted(arrays)}  # the same each time it is sent
+        return checked(update_reply(in_order, weight=1.0, metrics={}), self.site.experiment)
 
 
 class DiffusionTrainer(Executor):
@@ -218,7 +273,7 @@ def _work(site: _Site, task: str, arrays: Arrays, header: TaskHeader) -> Shareab
     if task == tasks.TRAIN:
         return _train(site, arrays, header)
     if task == tasks.RELEASE and private is not None and private.mean_image is not None and site.plan is not None:
-        return _release(site, site.plan, private.mean_image, header)
+        return _release(site, site.plan, private.mean_image, arrays, header)
     if task == tasks.DECRYPT and site.experiment.encryption is not None:
         return _decrypt(site, arrays, header)
     if task == tasks.EVALUATE:
@@ -270,16 +325,24 @@ def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, mes
 
 
 def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHeader, sites: int) -> NDArray[np.int64]:
-    """This site's integers in a sum whose noise the sites share, charged."""
+    """This site's integers in a sum whose noise the sites share, charged.
+
+    They are not kept, and asked for again they are made and charged anew. They have a share of the noise only, and no
+    site knows in which sums they will stand, nor what its peers send in them: of the same integers in a sum over three
+    sites and in one over two of these, the difference is the third site's, under no noise but its own share; in two
+    sums with other noise of the peers, that noise averages out. Fresh integers are two sums of the theorem, charged as
+    two.
+    """
     experiment, cohort = site.experiment, site.admitted()
     asked = None if experiment.privacy is None else experiment.privacy.mean_image
+    (ledger, run), budgets = site.reserved(plan, header), site.config.policy.budgets
     if task == tasks.RELEASE and asked is not None and plan.release_event is not None:
         event: MechanismEvent = plan.release_event
-        ledger, attempt = site.begin(plan, header, RELEASE_BEFORE_TRAINING)
+        attempt = ledger.begin(run, RELEASE_BEFORE_TRAINING, budgets=budgets)
         integers = shared_mean_image(cohort, asked, plan, sites=sites)
     else:
         event = plan.round_event
-        ledger, attempt = site.begin(plan, header, round_release(header.round_number))
+        attempt = ledger.begin(run, round_release(header.round_number), budgets=budgets)
         integers = shared_gradient(
             cohort=cohort,
             weights=to_torch(arrays),
@@ -290,7 +353,7 @@ def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHea
             sites=sites,
         )
     digest = release_sha256({task: torch.from_numpy(integers)})
-    ledger.charge(attempt, event, sha256=digest, budgets=site.config.policy.budgets)
+    ledger.charge(attempt, event, sha256=digest, budgets=budgets)
     return integers
 
 
@@ -339,7 +402,7 @@ class _Progress:
 def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
     cohort = site.admitted()
-    state = SiteState.of_run(site.config.home, experiment.name, header.run_id, private=False)
+    state = site.state(header)
     update = train_round(
         cohort=cohort,
         weights=to_torch(arrays),
@@ -363,12 +426,16 @@ def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
 def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHeader) -> Shareable:
     experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
     cohort = site.admitted()
-    ledger, attempt = site.begin(plan, header, round_release(round_number))
-    state = SiteState.of_run(site.config.home, experiment.name, header.run_id, private=True)
+    weights = to_torch(arrays)
+    asked = _Asked.of(site, plan, header, round_release(round_number), weights)
+    again = asked.again()
+    if again is not None:
+        return again
+    attempt = asked.begin()
     update = train_private_round(
         cohort=cohort,
-        weights=to_torch(arrays),
-        state=state.before(round_number),
+        weights=weights,
+        state=asked.state.before(round_number),
         config=experiment,
         plan=plan,
         round_number=round_number,
@@ -376,20 +443,21 @@ def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHead
         patients_in_memory=site.config.hardware.patients_in_memory,
         progress=progress,
     )
-    reply = site.charged(ledger, attempt, update.event, update.difference)
-    # After the charge: what a later round builds on has been paid for.
-    state.save(round_number, update.state)
+    reply = asked.charged(attempt, update.event, update.difference, update.state)
     spent = plan.epsilon_by_round[round_number]
     site.say(f"{progress.label}: done and charged; epsilon {spent:.3f} of {plan.epsilon:.3f} by this run's plan")
     return reply
 
 
-def _release(site: _Site, plan: DPPlan, asked: MeanImageConfig, header: TaskHeader) -> Shareable:
+def _release(site: _Site, plan: DPPlan, mean_image: MeanImageConfig, arrays: Arrays, header: TaskHeader) -> Shareable:
     """The mean image before training."""
     cohort = site.admitted()
-    ledger, attempt = site.begin(plan, header, RELEASE_BEFORE_TRAINING)
-    event = plan.releases()[RELEASE_BEFORE_TRAINING]
-    reply = site.charged(ledger, attempt, event, {MEAN_IMAGE: release_mean_image(cohort, asked, plan)})
+    asked = _Asked.of(site, plan, header, RELEASE_BEFORE_TRAINING, to_torch(arrays))
+    again = asked.again()
+    if again is not None:
+        return again
+    attempt, event = asked.begin(), plan.releases()[RELEASE_BEFORE_TRAINING]
+    reply = asked.charged(attempt, event, {MEAN_IMAGE: release_mean_image(cohort, mean_image, plan)}, {})
     site.say(f"mean image released with noise multiplier {event.noise_multiplier:g} and charged")
     return reply
 
@@ -420,6 +488,7 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if site.plan is not None:  # the run is over: give back what it set aside and did not use
         open_ledger(site.config.home).close(Run(job=experiment.name, run_id=header.run_id))
+        drop(site.state(header).folder)
     metrics["seconds"] = time.monotonic() - start
     return metrics_reply({name: value for name, value in metrics.items() if name in evaluation_metrics(experiment)})
 

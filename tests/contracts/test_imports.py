@@ -10,7 +10,14 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = ("medical_data", "privacy", "custom", "poc")
-GLUE = ("custom.executors", "custom.controllers", "custom.filters", "custom.aggregators")
+GLUE = (
+    "custom.executors",
+    "custom.controllers",
+    "custom.filters",
+    "custom.aggregators",
+    "custom.launchers",
+    "custom.validators",
+)
 
 # Module (by prefix) and what it must never import (by prefix). The first prefix that fits a module decides.
 FORBIDDEN = {
@@ -23,6 +30,8 @@ FORBIDDEN = {
     "custom.controllers": ("poc", "opacus", "custom.commands", "custom.cli"),
     "custom.filters": ("poc", "opacus", "custom.commands", "custom.cli"),
     "custom.aggregators": ("poc", "opacus", "custom.commands", "custom.cli"),
+    "custom.launchers": ("poc", "opacus", "custom.commands", "custom.cli"),
+    "custom.validators": ("poc", "opacus", "custom.commands", "custom.cli"),
     "custom.codec": ("poc", "opacus", "custom.commands", "custom.cli", *GLUE),
     "custom.cli": ("nvflare", "opacus", *GLUE),
     "custom.commands": ("nvflare", "opacus", *GLUE),

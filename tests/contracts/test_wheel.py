@@ -40,7 +40,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         capture_output=True,
         text=True,
     ).stdout.split()
-    modules = {name for name in tracked if name.endswith((".py", "py.typed"))}
+    modules = {name for name in tracked if name.endswith((".py", "py.typed", ".yml", ".toml"))}
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert inside == modules
 

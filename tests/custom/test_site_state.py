@@ -18,6 +18,19 @@ def test_a_repeated_round_starts_from_the_one_before(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == KEPT_ROUNDS
 
 
+def test_what_is_kept_is_not_written_again(tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    tensors = {"b": torch.arange(3.0), "a": torch.tensor(1.5, dtype=torch.float64)}
+    state.save(0, tensors)
+    (file,) = tmp_path.iterdir()
+    inode = file.stat().st_ino
+    state.save(0, dict(reversed(tensors.items())))
+    assert file.stat().st_ino == inode
+    state.save(0, {**tensors, "b": torch.zeros(3)})
+    assert file.stat().st_ino != inode
+    assert state.before(1)["b"].sum() == 0
+
+
 def test_a_site_that_was_not_drawn_continues_from_its_last_round(tmp_path: Path) -> None:
     state = SiteState(tmp_path)
     state.save(1, {"m": torch.ones(1)})

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.networks import build_network, parameter_shapes
 from custom.egress import MEAN_IMAGE
 from custom.job_plan import privacy_plan
+from custom.kept_release import KEPT_FILE
 from custom.model_file import ModelFile, save_model
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
@@ -197,13 +202,39 @@ def test_a_job_that_asks_for_less_privacy_is_refused_by_rule(
     assert not any("refused by this site" in text for text in errors), "kits may stream errors to the server"
 
 
-# ---- a site that dies in the middle of a round
+# ---- a server, or a site, that dies in the middle of a round
 
 
 def interrupted(base: Path, federation: ExperimentConfig, policy: str) -> Run:
     """The last site is killed in round 2, after it was charged and before its reply has left."""
     short = replace(federation, federation=replace(federation.federation, round_timeout_s=30))
     return simulate(base, short, SITES, threads=3, faulty={"error_round": 1}, policy=policy)
+
+
+def children(process: int) -> list[int]:
+    """All processes below one, the nearest first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # gone in between
+            continue
+        if parent == process:
+            found.append(int(stat.parent.name))
+    return found + [below for child in found for below in children(child)]
+
+
+def killed(base: Path, federation: ExperimentConfig, policy: str) -> Run:
+    """Server and sites are killed in round 2, when every site was charged and the server still waits for the last."""
+    before = set(children(os.getpid()))
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(simulate, base, federation, SITES, threads=3, faulty={"error_round": 1}, policy=policy)
+        while not all(any((base / "sites" / site).rglob("round_0001.safetensors")) for site in SITES):
+            assert not run.done(), run.result().output
+            time.sleep(0.2)
+        for process in set(children(os.getpid())) - before:
+            os.kill(process, signal.SIGKILL)
+        return run.result()
 
 
 def carried_on(run: Run, policy: str) -> Run:
@@ -223,9 +254,39 @@ def spent(events: list[MechanismEvent]) -> float:
     return epsilon(events, DELTA).epsilon
 
 
+def forget(run: Run) -> None:
+    """The sites lose what they kept of their last release."""
+    for site in SITES:
+        (kept,) = (run.base / "sites" / site).rglob(KEPT_FILE)
+        kept.unlink()
+
+
+def test_a_killed_server_resumes_and_every_round_is_charged_once(
+    federation: ExperimentConfig, plan: DPPlan, tmp_path: Path
+) -> None:
+    """At sites whose budget has no room for a second attempt at any of them."""
+    tight = strict(plan.epsilon + 1e-3)
+    first = killed(tmp_path, federation, tight)
+    assert first.returncode != 0
+    assert not (first.folder / "receipt.json").exists()
+    before = {site: statement(first, site).charges for site in SITES}
+
+    resumed = carried_on(first, tight)
+    receipt = check_receipt(resumed.folder)
+    assert receipt["reason"] is None
+    assert receipt["participants"] == {"0": SITES, "1": SITES}
+    for site in SITES:
+        account = statement(resumed, site)
+        assert released(account) == [RELEASE_BEFORE_TRAINING, "round-0000", "round-0001"]
+        assert account.charges == before[site]
+        assert account.total.spent == pytest.approx(plan.epsilon, abs=1e-6)
+        assert not list((tmp_path / "sites" / site).rglob(KEPT_FILE)), "the run is over"
+
+
 def test_a_round_that_repeats_is_charged_again_with_other_noise(
     federation: ExperimentConfig, plan: DPPlan, tmp_path: Path
 ) -> None:
+    """Where what was charged is not there any more."""
     first = interrupted(tmp_path, federation, strict(50.0))
     assert first.receipt["status"] == "failed"
     assert first.receipt["rounds_done"] == 1
@@ -233,6 +294,7 @@ def test_a_round_that_repeats_is_charged_again_with_other_noise(
     for site in SITES:
         assert statement(first, site).total.spent == pytest.approx(spent(once))
 
+    forget(first)
     resumed = carried_on(first, strict(50.0))
     assert check_receipt(resumed.folder)["rounds_done"] == 2
     for site in SITES:
@@ -248,6 +310,7 @@ def test_a_job_that_reaches_the_budget_ends_with_the_model_it_has(
     tight = strict(plan.epsilon + 1e-3)
     first = interrupted(tmp_path, federation, tight)
     assert first.receipt["rounds_done"] == 1
+    forget(first)
     resumed = carried_on(first, tight)
     receipt = check_receipt(resumed.folder)
     assert receipt["rounds_done"] == 1

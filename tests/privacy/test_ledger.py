@@ -143,6 +143,25 @@ def test_a_round_that_is_repeated_is_charged_again(ledger: Ledger) -> None:
     assert ledger.statement().total.committed == of(4)
 
 
+def test_the_newest_charge_of_a_release_is_the_last_attempt_s_that_has_one(ledger: Ledger) -> None:
+    allowed = budgets(9)
+    with pytest.raises(JournalMissing):
+        ledger.newest_charge(RUN, "round-0000")
+    ledger.reserve(RUN, ROUNDS, budgets=allowed)
+    ledger.begin(RUN, "round-0000", budgets=allowed)
+    assert ledger.newest_charge(RUN, "round-0000") is None
+    charges = [send(ledger, allowed, "round-0000") for _ in range(2)]
+    send(ledger, allowed, "round-0001")
+    ledger.begin(RUN, "round-0000", budgets=allowed)  # and not charged
+    statement = ledger.statement()
+    assert ledger.newest_charge(RUN, "round-0000") == charges[-1]
+    for run, release in ((RUN, "round-0002"), (RUN, "no"), (Run(job="job", run_id="other"), "round-0000")):
+        assert ledger.newest_charge(run, release) is None
+    assert ledger.statement() == statement
+    ledger.close(RUN)
+    assert ledger.newest_charge(RUN, "round-0000") == charges[-1], "what has left may leave again"
+
+
 def test_closing_gives_back_what_was_not_used(ledger: Ledger) -> None:
     allowed, other = budgets(4), Run(job="other", run_id="run")
     ledger.reserve(RUN, ROUNDS, budgets=allowed)
@@ -378,6 +397,7 @@ def test_a_ledger_that_is_not_what_was_written_lets_nothing_pass(ledger: Ledger,
         lambda: ledger.begin(RUN, "round-0001", budgets=allowed),
         lambda: ledger.charge(attempt, EVENT, sha256=digest(), budgets=allowed),
         lambda: ledger.close(RUN),
+        lambda: ledger.newest_charge(RUN, "round-0000"),
         lambda: ledger.statement(),
     ]
     database = quick / "ledger.sqlite"

@@ -1,0 +1,1 @@
+"""How the nodes of a federation start the processes of its jobs."""

@@ -1,0 +1,1 @@
+"""What a site asks of a job before it accepts it."""

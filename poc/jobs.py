@@ -1,0 +1,222 @@
+"""Jobs of a federation through NVFlare's own client interface: handed in, followed, downloaded, resumed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.flare_api.api_spec import (
+    AuthorizationError,
+    InternalError,
+    InvalidJobDefinition,
+    NoConnection,
+    SessionClosed,
+)
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from custom.codec import RESULTS
+from custom.config import ExperimentConfig
+from custom.run_folder import JOBS_FILE, RunFailed, RunFolder, check_receipt, run_folders
+from custom.strict import ConfigError, require
+from poc.federation import Federation
+
+FINISHED = "FINISHED"
+_CONTROLLER_ARGUMENT = "resume_run"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """How a job went.
+
+    Attributes:
+        job_id: NVFlare's.
+        status: NVFlare's last word, such as ``FINISHED:COMPLETED``.
+        refused: what sites said that did not accept the job, by site.
+        folder: of the run at the server; None if the job never began.
+    """
+
+    job_id: str
+    status: str
+    refused: Mapping[str, str]
+    folder: Path | None
+
+
+@contextmanager
+def session(federation: Federation, user: str | None = None, *, timeout_s: float = 10.0) -> Iterator[Session]:
+    """Log in; the lead by default.
+
+    Raises:
+        ConfigError: no such user, or no server that answers.
+    """
+    name = federation.user("lead") if user is None else user
+    known = federation.members.users
+    require(name in known, argument="user", value=name, remedy=f"give one of {sorted(known)}")
+    logging.getLogger("nvflare").setLevel(logging.CRITICAL)
+    answers = f"server = {federation.members.server!r}: does not answer"
+    try:
+        with redirect_stdout(io.StringIO()):  # it says that it connects
+            opened = new_secure_session(name, str(federation.kit(name)), timeout=timeout_s, auto_login_max_tries=1)
+    except NoConnection as error:
+        raise ConfigError(f"{answers}; is it up? fedct poc status") from error
+    try:
+        yield opened
+    except (NoConnection, SessionClosed) as error:
+        remedy = "fedct poc status tells when it is back; fedct poc resume JOB carries its run on"
+        raise ConfigError(f"{answers} any more; {remedy}") from error
+    finally:
+        with suppress(Exception):  # there may be no server to say goodbye to
+            opened.close()
+
+
+def connected_sites(opened: Session) -> set[str]:
+    """Names of the sites that the server knows to be there."""
+    return {client.name for client in opened.get_system_info().client_info}
+
+
+def submit(opened: Session, job: Path) -> str:
+    """Hand in a job folder, signed by who is logged in; gives NVFlare's id of it.
+
+    Raises:
+        ConfigError: a user without the right, or a folder that is no job.
+    """
+    try:
+        return str(opened.submit_job(str(job.resolve())))
+    except AuthorizationError as error:
+        raise ConfigError(f"user = {opened.username!r}: may not submit jobs ({error}); ask a lead") from error
+    except (InvalidJobDefinition, InternalError) as error:
+        raise ConfigError(f"job = {str(job)!r}: {error}") from error
+
+
+def follow(federation: Federation, opened: Session, job_id: str, say: Say, *, poll_s: float = 1.0) -> Followed:
+    """Wait for a job's end; say what happens meanwhile."""
+    told: set[str] = set()
+    rounds: int | None = None
+    while True:
+        meta = opened.get_job_meta(job_id)
+        status, refused = str(meta["status"]), refusals(meta)
+        for site, why in refused.items():
+            if site not in told:
+                say(f"{site}: {why}")
+                told.add(site)
+        folder = run_of(federation, job_id)
+        if folder is not None:
+            records = RunFolder(folder).records()
+            if rounds is None:  # those of an earlier job on the same run are no news
+                rounds = 0 if _only_job(folder, job_id) else len(records)
+            for record in records[rounds:]:
+                say(_told(record, RunFolder(folder).experiment().federation.rounds))
+            rounds = len(records)
+        if status.startswith(FINISHED):
+            return Followed(job_id=job_id, status=status, refused=refused, folder=folder)
+        time.sleep(poll_s)
+
+
+def refusals(meta: Mapping[str, Any]) -> dict[str, str]:
+    """What sites answered that did not take a job, from NVFlare's description of it."""
+    details = (str(line).partition(": ") for line in meta.get("job_deploy_detail") or [])
+    return {site: why.removeprefix("NVFLARE_ERROR: ") for site, _, why in details if why and why != "OK"}
+
+
+def run_of(federation: Federation, job_id: str) -> Path | None:
+    """The run folder in which a job works; None as long as it has none."""
+    for file in sorted(federation.runs.glob(f"*/*/{JOBS_FILE}"), reverse=True):
+        if job_id in file.read_text(encoding="utf-8").split():
+            return file.parent
+    return None
+
+
+def _only_job(folder: Path, job_id: str) -> bool:
+    return (folder / JOBS_FILE).read_text(encoding="utf-8").split() == [job_id]
+
+
+def download(opened: Session, job_id: str, destination: Path) -> Path:
+    """Fetch a job's products and hold the receipt against them; gives their folder.
+
+    Raises:
+        RunFailed: no receipt of a completed run is among them.
+    """
+    shutil.rmtree(destination / job_id, ignore_errors=True)
+    location = Path(opened.download_job_result(job_id, str(destination)))
+    found = sorted(location.rglob(f"{RESULTS}/receipt.json"))
+    if len(found) != 1:
+        raise RunFailed(f"{location}: no receipt: the job did not complete; fedct poc resume carries it on")
+    check_receipt(found[0].parent)
+    return found[0].parent
+
+
+def unfinished_run(federation: Federation, experiment: ExperimentConfig) -> str:
+    """Name of the newest run of an experiment that was not completed; raises ``ConfigError`` if there is none."""
+    for folder in reversed(run_folders(federation.runs, experiment.name)):
+        if not _completed(folder) and RunFolder(folder).last_round() is not None:
+            return folder.name
+    remedy = "every run is complete, or left no checkpoint; submit the job"
+    raise ConfigError(f"job = {experiment.name!r}: nothing to resume: {remedy}")
+
+
+def _completed(folder: Path) -> bool:
+    try:
+        check_receipt(folder)
+    except RunFailed:
+        return False
+    return True
+
+
+@contextmanager
+def resuming(job: Path, run_id: str) -> Iterator[Path]:
+    """A copy of a job's folder that carries on a run."""
+    with tempfile.TemporaryDirectory(prefix="fedct-") as base:
+        copy = Path(base) / job.resolve().name
+        shutil.copytree(job, copy)
+        file = copy / "app" / "config" / "config_fed_server.json"
+        server = json.loads(file.read_text(encoding="utf-8"))
+        server["workflows"][0].setdefault("args", {})[_CONTROLLER_ARGUMENT] = run_id
+        file.write_text(json.dumps(server, indent=2), encoding="utf-8")
+        yield copy
+
+
+def end_running(opened: Session, experiment: str, *, timeout_s: float = 90.0) -> list[str]:
+    """End the jobs of an experiment that are running: two jobs on one run would ask the sites for the same rounds.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        ConfigError: one does not end.
+    """
+    ended: list[str] = []
+    deadline = time.monotonic() + timeout_s
+    while True:
+        listed = [job for job in opened.list_jobs() if job.get("job_name", job.get("name")) == experiment]
+        running = [str(job["job_id"]) for job in listed if not str(job["status"]).startswith(FINISHED)]
+        if not running:
+            return ended
+        late = time.monotonic() > deadline
+        require(not late, argument="jobs", value=running, remedy="they do not end: fedct poc down, up, and again")
+        for job_id in set(running) - set(ended):
+            opened.abort_job(job_id)
+            ended.append(job_id)
+        time.sleep(1)
+
+
+def _told(record: Mapping[str, Any], rounds: int) -> str:
+    losses = [values["train_loss"] for values in record["accepted"].values() if "train_loss" in values]
+    return ", ".join(
+        [
+            f"round {record['round_number'] + 1}/{rounds} done in {record['seconds']:.0f} s",
+            *([f"train loss {sum(losses) / len(losses):.4f}"] if losses else []),
+            f"{len(record['accepted'])} of {len(record['asked'])} sites",
+            *([f"refused {', '.join(record['refused'])}"] if record["refused"] else []),
+            *([f"silent {', '.join(record['silent'])}"] if record["silent"] else []),
+        ]
+    )
