@@ -17,7 +17,7 @@ DONE, NOT_DONE = 0, 1
 
 
 def register(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add ``poc`` with ``up``, ``submit``, ``resume``, ``status`` and ``down``."""
+    """Add ``poc`` with ``up``, ``submit``, ``resume``, ``status``, ``pacs`` and ``down``."""
     poc = subparsers.add_parser(
         "poc",
         help="a provisioned federation on this machine",
@@ -40,6 +40,9 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
         job.add_argument("--no-wait", action="store_true", help="do not wait for its end")
     status = _command(commands, "status", _status, "nodes, memory, jobs")
     status.add_argument("--html", metavar="FILE", type=Path, help="also write a page to look at")
+    pacs = _command(commands, "pacs", _pacs, "start an Orthanc for a hospital, for trying fedct data pull")
+    pacs.add_argument("site", metavar="SITE", help="the hospital")
+    pacs.add_argument("--load", metavar="DIR", type=Path, help="folder of DICOM files to store in it")
     _command(commands, "down", _down, "stop everything that was started here; results stay")
 
 
@@ -127,9 +130,33 @@ def _followed(federation: Federation, session: Session, job_id: str, *, wait: bo
 def _status(options: argparse.Namespace) -> int:
     from poc import lifecycle
 
-    federation = _federation(options)
-    for line in lifecycle.described(federation):
+    what = lifecycle.seen(_federation(options))
+    for line in lifecycle.described(what):
         _say(line)
+    if options.html is not None:
+        from custom.atomic import write_atomically
+        from poc.page import page
+
+        write_atomically(options.html, page(what).encode())
+        _say(f"page: {options.html}")
+    return DONE
+
+
+def _pacs(options: argparse.Namespace) -> int:
+    from custom.strict import require
+    from poc.pacs import start_pacs
+    from poc.processes import PACS, environment, stop
+
+    federation = _federation(options)
+    sites, site = federation.members.sites, options.site
+    require(site in sites, argument="site", value=site, remedy=f"give one of {list(sites)}")
+    folder = federation.folder / "pacs" / site
+    stop(federation.folder, [f"{PACS} {site}"])  # an earlier one: what it stores stays
+    pacs = start_pacs(folder, marker=environment(federation.folder, f"{PACS} {site}"))
+    if options.load is not None:
+        _say(f"{pacs.load(options.load)} images stored")
+    _say(f"PACS of {site}: {pacs.url}")
+    _say(f"fedct data pull {pacs.url} FOLDER --credentials-file '{pacs.credentials_file}'")
     return DONE
 
 

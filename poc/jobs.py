@@ -79,9 +79,12 @@ def session(federation: Federation, user: str | None = None, *, timeout_s: float
             opened.close()
 
 
-def connected_sites(opened: Session) -> set[str]:
-    """Names of the sites that the server knows to be there."""
-    return {client.name for client in opened.get_system_info().client_info}
+def last_heard(opened: Session) -> dict[str, float]:
+    """When the server last heard of each site that it knows, in seconds since the epoch.
+
+    A site that was killed stays known for ten minutes.
+    """
+    return {client.name: float(client.last_connect_time or 0) for client in opened.get_system_info().client_info}
 
 
 def submit(opened: Session, job: Path) -> str:

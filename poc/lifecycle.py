@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from custom.strict import ConfigError, require
 from poc.federation import Federation, prepare_nodes, provision
-from poc.jobs import connected_sites, session
-from poc.processes import running, start_node
+from poc.jobs import last_heard, session
+from poc.processes import PACS, running, start_node
+from poc.snapshot import Job, NodeState, Snapshot, alarms, snapshot
+
+QUIET_S = 45.0  # a site tells the server every ten seconds that it is there
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """What is known of a node.
-
-    Attributes:
-        name: its name.
-        state: ``ready``, ``starting`` (there, and not known to the server) or ``gone``.
-        pids: its processes: NVFlare's start script, the node, its jobs.
-        memory_bytes: resident, of all of them; shared pages count once for each.
-    """
-
-    name: str
-    state: str
-    pids: tuple[int, ...]
-    memory_bytes: int
 
 
 def up(
@@ -48,6 +35,7 @@ def up(
     """
     folder = folder.resolve()
     there = running(folder)
+    there = {node: some for node, some in there.items() if not node.startswith(PACS)}
     try:
         federation = Federation.load(folder)
     except ConfigError:
@@ -64,12 +52,18 @@ def up(
         federation = provision(folder, project_file=project_file, sites=sites)
     if not there:
         prepare_nodes(federation, site_file)
+    start(federation, timeout_s=timeout_s, say=say)
+    return federation
+
+
+def start(federation: Federation, *, timeout_s: float, say: Say) -> None:
+    """Start the nodes that are not running and wait until the server knows every site; raises as :func:`up`."""
+    there = running(federation.folder)
     for node in federation.nodes:
         if node not in there:
             say(f"starting {node}")
-            start_node(folder, node, federation.kit(node), federation.log(node))
+            start_node(federation.folder, node, federation.kit(node), federation.log(node))
     _wait(federation, timeout_s=timeout_s, say=say)
-    return federation
 
 
 def _wait(federation: Federation, *, timeout_s: float, say: Say) -> None:
@@ -92,43 +86,76 @@ def _wait(federation: Federation, *, timeout_s: float, say: Say) -> None:
 
 
 def _ready(federation: Federation) -> set[str]:
+    there = running(federation.folder)
+    began = {node: main.create_time() for node in federation.nodes if (main := _main(there.get(node, []))) is not None}
     try:
         with session(federation, timeout_s=5.0) as opened:
-            return {federation.members.server, *connected_sites(opened)} & set(federation.nodes)
+            heard = last_heard(opened)
     except ConfigError:
         return set()
+    fresh = {site for site, at in heard.items() if at > max(began.get(site, math.inf), time.time() - QUIET_S)}
+    return {federation.members.server, *fresh} & set(began)
 
 
-def nodes(federation: Federation) -> list[Node]:
-    """Every node as it is now."""
+def seen(federation: Federation) -> Snapshot:
+    """Everything as it is now."""
     there, ready = running(federation.folder), _ready(federation)
-    return [_node(name, there.get(name, []), name in ready) for name in federation.nodes]
+    up_at_all = any(there.get(node) for node in federation.nodes)
+    states = {
+        name: _state(name, there.get(name, []), known=name in ready, stopped=not up_at_all) for name in federation.nodes
+    }
+    server = states.pop(federation.members.server)
+    listed: list[Job] = []
+    if server.status == "ready":
+        with session(federation) as opened:
+            listed = [_job(meta) for meta in opened.list_jobs(reverse=True)]
+    homes = {site: federation.home(site) for site in federation.members.sites}
+    return snapshot(
+        federation.members.project, server=server, nodes=states, homes=homes, runs=federation.runs, jobs=listed
+    )
 
 
-def _node(name: str, processes: Sequence[psutil.Process], known: bool) -> Node:
-    memory, pids = 0, []
+def _main(processes: Sequence[psutil.Process]) -> psutil.Process | None:
+    """The node's own process among those of its start script and its jobs."""
     for process in processes:
         with suppress(psutil.Error):  # ended meanwhile
+            if any(argument.endswith(("server_train", "client_train")) for argument in process.cmdline()):
+                return process
+    return None
+
+
+def _state(name: str, processes: Sequence[psutil.Process], *, known: bool, stopped: bool) -> NodeState:
+    memory, main = 0, _main(processes)
+    for process in processes:
+        with suppress(psutil.Error):
             memory += process.memory_info().rss
-            pids.append(process.pid)
-    state = "gone" if not pids else "ready" if known else "starting"
-    return Node(name=name, state=state, pids=tuple(sorted(pids)), memory_bytes=memory)
+    if main is None:
+        return NodeState(name=name, status="stopped" if stopped else "gone")
+    count = len(processes)
+    return NodeState(
+        name=name,
+        status="ready" if known else "starting",
+        pid=main.pid,
+        memory_bytes=memory,
+        detail=f"{count} process{'' if count == 1 else 'es'}",
+    )
 
 
-def described(federation: Federation) -> list[str]:
-    """The nodes and the jobs, a line each."""
-    found = nodes(federation)
-    lines = [
-        f"{node.name:12} {node.state:9} {node.memory_bytes / 2**20:6.0f} MiB  "
-        f"{len(node.pids)} process{'' if len(node.pids) == 1 else 'es'}"
-        for node in found
-    ]
-    if found[0].state != "ready":
-        return [*lines, "jobs: unknown: the server does not answer"]
-    with session(federation) as opened:
-        jobs = opened.list_jobs()
-    told = [f"{job['job_id']}  {job.get('job_name', job.get('name', '?')):16} {job['status']}" for job in jobs]
-    return [*lines, *(told or ["jobs: none"])]
+def _job(meta: Mapping[str, Any]) -> Job:
+    name = str(meta.get("job_name", meta.get("name", "?")))
+    return Job(
+        job_id=str(meta["job_id"]), name=name, status=str(meta["status"]), submitted=str(meta.get("submit_time", ""))
+    )
+
+
+def described(what: Snapshot) -> list[str]:
+    """The nodes, the jobs and what is wrong, a line each."""
+    lines = []
+    for node in what.nodes:
+        memory = "" if node.memory_bytes is None else f"{node.memory_bytes / 2**20:6.0f} MiB"
+        lines.append(f"{node.name:12} {node.status:9} {memory:10}  {node.detail}".rstrip())
+    lines += [f"{job.job_id}  {job.name:16} {job.status}" for job in what.jobs]
+    return [*lines, *(f"{alarm.what}: {alarm.text}" for alarm in alarms(what))]
 
 
 def _tail(file: Path, lines: int = 8) -> str:

@@ -20,6 +20,7 @@ from custom.site_file import SITE_FILE_VARIABLE
 from custom.strict import ConfigError
 
 MARK, NODE = "FEDCT_POC", "FEDCT_POC_NODE"
+PACS = "pacs"  # how the name of a hospital's Orthanc begins; it is no node of the federation
 # NVFlare's start script leaves these behind when it is killed, and a number in them may be another process by now.
 LEFT_BEHIND = ("daemon_pid.fl", "pid.fl", "shutdown.fl", "restart.fl")
 GRACE_S = 10.0
@@ -38,14 +39,16 @@ def start_node(folder: Path, name: str, kit: Path, log: Path) -> None:
         (kit / left).unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
-        subprocess.Popen(  # noqa: S603
-            ["/usr/bin/env", "bash", str(kit / "startup" / "sub_start.sh")],
+        subprocess.run(  # noqa: S603
+            # In the background of a shell that ends at once: it outlives this process and is no child of it.
+            ["/bin/sh", "-c", '"$@" &', "sh", "/usr/bin/env", "bash", str(kit / "startup" / "sub_start.sh")],
             cwd=kit,
             env=environment(folder, name),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            check=True,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from policies import policy_toml
-from provisioned import SERVER, Federation, federation
+from provisioned import SERVER, Running, federation
 from safetensors.numpy import load_file
 from simulator import simulate, write_job
 
@@ -25,14 +25,15 @@ LENIENT = "site-2"  # it knows its peers, and lets jobs without masks pass
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     policies = {name: policy_toml(peers=SITES, masks_required=name != LENIENT) for name in SITES}
-    with federation(tmp_path_factory.mktemp("poc"), policies) as provisioned:
+    # Without the rules that would refuse the careless job when it arrives: this is about what lies behind them.
+    with federation(tmp_path_factory.mktemp("poc"), policies, rules=False) as provisioned:
         yield provisioned
 
 
 def test_a_site_that_falls_between_its_shares_and_its_vector(
-    running: Federation, experiment: ExperimentConfig, tmp_path: Path
+    running: Running, experiment: ExperimentConfig, tmp_path: Path
 ) -> None:
     """All its processes are killed; the others go on, and the sum is theirs. No advert passes but under a real root."""
     plain = replace(experiment, name="plain", federation=replace(experiment.federation, rounds=2))
@@ -58,7 +59,7 @@ def test_a_site_that_falls_between_its_shares_and_its_vector(
 
 
 def test_a_site_s_scope_stops_what_no_executor_asked_about(
-    running: Federation, experiment: ExperimentConfig, tmp_path: Path
+    running: Running, experiment: ExperimentConfig, tmp_path: Path
 ) -> None:
     """A job without masks, gate and manners: of the site that requires masks an error code leaves, and nothing else."""
     careless = replace(
