@@ -41,9 +41,7 @@ def check_job(site: str, folder: Path, workspace: Path) -> None:
         name, remedy = str(file.relative_to(folder)), f"a job brings {sorted(FILES)} in config/, and no code"
         require(known, argument="files", value=name, remedy=remedy)
     experiment = ExperimentConfig.load(folder / "config" / EXPERIMENT_FILE)
-    chosen = own.jobs is None or experiment.name in own.jobs
-    remedy = f"this site takes part in {list(own.jobs or ())} only"
-    require(chosen, argument="jobs", value=experiment.name, remedy=remedy)
+    own.check_part(experiment.name)
     allowed = _read(workspace / "local" / "resources.json")["class_allow_list"]
     for path in class_paths(_read(folder / "config" / CLIENT_FILE)):
         passes = any(path == entry or (entry.endswith(".") and path.startswith(entry)) for entry in allowed)

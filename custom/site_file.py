@@ -72,6 +72,12 @@ class SiteConfig:
     audit: AuditPolicy = field(default_factory=AuditPolicy)
     jobs: tuple[str, ...] | None = None
 
+    def check_part(self, experiment: str) -> None:
+        """Raise ``ConfigError`` unless the site takes part in an experiment."""
+        chosen = self.jobs is None or experiment in self.jobs
+        remedy = f"this site takes part in {list(self.jobs or ())} only"
+        require(chosen, argument="jobs", value=experiment, remedy=remedy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:

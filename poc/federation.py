@@ -146,7 +146,7 @@ def provision(folder: Path, *, project_file: Path = PROJECT_FILE, sites: Sequenc
         made = prepare_project(copy.deepcopy(project))  # it takes names out of what it is given
         builders, packager = prepare_builders(project), prepare_packager(project)
         context = Provisioner(str(folder / "kits"), builders, packager).provision(made)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"project = {str(project_file)!r}: {error}; mend the project file") from error
     if context.get(CtxKey.BUILD_ERROR):
         raise ConfigError(f"project = {str(project_file)!r}: {context.get(CtxKey.ERRORS)}; mend the project file")
@@ -198,9 +198,10 @@ def _project(file: Path, sites: Sequence[str]) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"project = {str(file)!r}: {error}; give an NVFlare project file") from error
     participants = project.get("participants") if isinstance(project, dict) else None
-    require(isinstance(participants, list), argument="project", value=str(file), remedy="it names no participants")
+    named = isinstance(participants, list) and all(isinstance(one, dict) for one in participants)
+    require(named, argument="project", value=str(file), remedy="it names no participants")
     if sites:
-        others = [one for one in project["participants"] if one["type"] != "client"]
+        others = [one for one in project["participants"] if one.get("type") != "client"]
         new = [
             {"name": name, "type": "client", "org": f"hospital_{number + 1}", "allow_log_streaming": False}
             for number, name in enumerate(sites)

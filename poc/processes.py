@@ -90,11 +90,18 @@ def stop(folder: Path, nodes: Iterable[str] | None = None) -> int:
         if late > GRACE_S:
             raise ConfigError(f"processes = {[one.pid for one in left]}: they do not end; end them by hand")
         # The scripts that would start a node again go first.
-        for one in sorted(left, key=lambda one: one.name() != "bash" if one.is_running() else True):
+        for one in sorted(left, key=_is_script, reverse=True):
             with suppress(psutil.Error):
-                if late > 0 or one.name() == "bash":
+                if late > 0 or _is_script(one):
                     one.kill()
                 elif one.pid not in ended:
                     one.terminate()
                 ended.add(one.pid)
         time.sleep(0.2)
+
+
+def _is_script(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name() == "bash")
+    except psutil.Error:  # ended meanwhile
+        return False

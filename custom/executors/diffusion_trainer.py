@@ -230,6 +230,7 @@ class DiffusionTrainer(Executor):
         try:
             experiment = experiment_of(fl_ctx)
             config = site_config(fl_ctx.get_identity_name(), workspace_root=workspace_root(fl_ctx))
+            config.check_part(experiment.name)
             site = _Site(
                 name=fl_ctx.get_identity_name(),
                 config=config,

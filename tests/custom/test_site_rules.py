@@ -68,9 +68,7 @@ def test_without_a_site_file_nothing_passes(app: Path) -> None:
     assert str(app.parents[1]) not in said
 
 
-def test_rules_that_crash_let_nothing_pass_and_keep_the_traceback(
-    app: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_rules_that_crash_let_nothing_pass_and_keep_the_traceback(app: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (app.parents[1] / "local" / "resources.json").write_text("{}")
     said, details = SiteRules(SITE).validate(str(app))
     assert said == f"{SITE} refuses this job: its rules could not be applied; see the site's log"

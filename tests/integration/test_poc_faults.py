@@ -302,11 +302,10 @@ def _faketime() -> str:
 
 @contextmanager
 def clock(shift: str) -> Iterator[None]:
-    """What is started meanwhile has another time of day; its timers run as they should."""
+    """What is started meanwhile has another time of day."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_PRELOAD", _faketime())
         patch.setenv("FAKETIME", shift)
-        patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
         yield
 
 
