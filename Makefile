@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help venv demo test test-all check bench bench-dp bench-secagg bench-audit clean
+.PHONY: help venv demo test test-all check bench bench-dp bench-secagg bench-audit bench-poc clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ bench-secagg: $(BIN)/.installed-test ## secure aggregation beside Flower's and C
 
 bench-audit: $(BIN)/.installed-test ## what the audit says of an overfitted, an untrained and a private model (an hour)
 	$(BIN)/python tests/benchmarks/audit.py runs/bench_audit
+
+bench-poc: venv ## the demo's job in a provisioned federation beside the simulator (20 minutes)
+	$(BIN)/python tests/benchmarks/provisioned_job.py runs/bench_poc
 
 clean: ## remove what can be made again; runs/ and sites/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
