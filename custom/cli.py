@@ -11,6 +11,7 @@ from custom.run_folder import RunFailed
 from custom.strict import ConfigError
 from medical_data.errors import MedicalDataError
 from poc import commands as federation
+from poc import site_commands as site
 from privacy.errors import PrivacyError
 
 # What a user can mend: one line with the remedy, no traceback.
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         ledger,
         simulator_keys,
         federation,
+        site,
     ):
         command.register(commands)
     options = parser.parse_args(arguments)

@@ -200,6 +200,9 @@ def _project(file: Path, sites: Sequence[str]) -> dict[str, Any]:
     participants = project.get("participants") if isinstance(project, dict) else None
     named = isinstance(participants, list) and all(isinstance(one, dict) for one in participants)
     require(named, argument="project", value=str(file), remedy="it names no participants")
+    roles = {str(one.get("role")) for one in project["participants"] if one.get("type") == "admin"}
+    remedy = "NVFlare lets this role do anything, whatever a site says; name a lead"
+    require("super" not in roles, argument="role", value="super", remedy=remedy)
     if sites:
         others = [one for one in project["participants"] if one.get("type") != "client"]
         new = [

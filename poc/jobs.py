@@ -25,6 +25,7 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from custom.codec import RESULTS
 from custom.config import ExperimentConfig
+from custom.job_rules import SIGNATURES
 from custom.run_folder import JOBS_FILE, RunFailed, RunFolder, check_receipt, run_folders
 from custom.strict import ConfigError, require
 from poc.federation import Federation
@@ -93,8 +94,17 @@ def submit(opened: Session, job: Path) -> str:
     Raises:
         ConfigError: a user without the right, or a folder that is no job.
     """
+    require(job.is_dir(), argument="job", value=str(job), remedy="no such folder; give a job's, such as jobs/ct_ddpm")
+    with tempfile.TemporaryDirectory(prefix="fedct-") as base:
+        # NVFlare writes its signatures into the folder that it is given.
+        copy = Path(base) / job.resolve().name
+        shutil.copytree(job, copy, ignore=shutil.ignore_patterns(*SIGNATURES))
+        return _submitted(opened, copy, job)
+
+
+def _submitted(opened: Session, copy: Path, job: Path) -> str:
     try:
-        return str(opened.submit_job(str(job.resolve())))
+        return str(opened.submit_job(str(copy)))
     except AuthorizationError as error:
         raise ConfigError(f"user = {opened.username!r}: may not submit jobs ({error}); ask a lead") from error
     except (InvalidJobDefinition, InternalError) as error:

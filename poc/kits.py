@@ -64,7 +64,7 @@ def prepare_server(kit: Path, table: Mapping[str, Any]) -> None:
         table: the ``[server]`` table of its site file.
     """
     resources = _default_resources(kit)
-    _replace(resources, "process_launcher", SERVER_LAUNCHER)
+    _component(resources, "process_launcher").update(SERVER_LAUNCHER)
     # NVFlare's default keeps jobs under /tmp, one store for all federations of a machine.
     storage = kit.resolve() / "storage"
     _component(resources, "job_manager")["args"]["uri_root"] = str(storage / "jobs")
@@ -84,15 +84,20 @@ def prepare_site(kit: Path, name: str, table: Mapping[str, Any] | None) -> None:
         name: the site's.
         table: its table of the site file; None leaves the file that is there.
     """
-    resources = _default_resources(kit)
-    resources["allow_log_streaming"] = False
-    resources["app_validator"] = {"path": "custom.validators.site_rules.SiteRules", "args": {"site": name}}
-    _replace(resources, "process_launcher", SITE_LAUNCHER)
-    _write_json(kit, "resources.json", resources)
+    _write_json(kit, "resources.json", site_resources(kit, name))
     _write_json(kit, "authorization.json", AUTHORIZATION)
     _write_json(kit, "privacy.json", PRIVACY)
     if table is not None:
         _write(kit, SITE_FILE, tomli_w.dumps({"sites": {name: table}}))
+
+
+def site_resources(kit: Path, name: str) -> dict[str, Any]:
+    """A site's ``resources.json``, from NVFlare's default in its kit."""
+    resources = _default_resources(kit)
+    resources["allow_log_streaming"] = False
+    resources["app_validator"] = {"path": "custom.validators.site_rules.SiteRules", "args": {"site": name}}
+    _component(resources, "process_launcher").update(SITE_LAUNCHER)
+    return resources
 
 
 def _default_resources(kit: Path) -> dict[str, Any]:
@@ -113,10 +118,6 @@ def _component(resources: dict[str, Any], name: str) -> dict[str, Any]:
     (found,) = (one for one in resources["components"] if one["id"] == name)
     component: dict[str, Any] = found
     return component
-
-
-def _replace(resources: dict[str, Any], name: str, values: Mapping[str, Any]) -> None:
-    _component(resources, name).update(values)
 
 
 def _write_json(kit: Path, name: str, values: Any) -> None:

@@ -7,6 +7,7 @@ the start of every process refuses it, and so does ``fedct site check``.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nvflare.lighter.constants import CtxKey, ProvFileName
@@ -30,6 +31,13 @@ class SignedKits(Builder):
             )
 
 
+def _signed(signature: Path) -> list[str]:
+    try:
+        return list(json.loads(signature.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{signature.name} = no JSON ({error}): ask the coordinator for a signed kit") from error
+
+
 def verify_kit(kit: Path) -> None:
     """Hold every file of a kit against the root's signature.
 
@@ -37,14 +45,16 @@ def verify_kit(kit: Path) -> None:
         kit: folder with ``startup/``.
 
     Raises:
-        ConfigError: a file was changed, added or removed, or the kit was never signed.
+        ConfigError: a file was changed, added, or removed with its signature left, or the kit was never signed.
     """
     startup = kit / "startup"
     root, signature = startup / ROOT_FILE, startup / ProvFileName.SIGNATURE_JSON
     for file in (root, signature):
         if not file.is_file():
             raise ConfigError(f"kit = {str(kit)!r}: no startup/{file.name}; ask the coordinator for a signed kit")
-    if not verify_folder_signature(
+    # NVFlare looks at the files that are there; one that was signed and is gone is ours to miss.
+    whole = all((startup / name).exists() for name in _signed(signature))
+    if not whole or not verify_folder_signature(
         str(startup), str(root), single_signer=True, signature_file=ProvFileName.SIGNATURE_JSON
     ):
         raise ConfigError(

@@ -50,7 +50,9 @@ class Site:
 
     def receives(self, name: str = "ct_ddpm") -> Path:
         app = self.workspace / "a-job" / f"app_{SITE}"
-        shutil.copytree(JOBS / name / "app", app)
+        shutil.copytree(
+            JOBS / name / "app", app, ignore=shutil.ignore_patterns(".__nvfl_*")
+        )  # left by whoever handed it in
         return app
 
     def check(self, app: Path) -> None:

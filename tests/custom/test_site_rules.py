@@ -30,7 +30,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (local / "resources.json").write_text(json.dumps({"class_allow_list": list(CLASSES)}))
     demands(workspace, policy_toml())
     folder = workspace / "a-job" / f"app_{SITE}"
-    shutil.copytree(JOBS / "ct_ddpm" / "app", folder)
+    shutil.copytree(JOBS / "ct_ddpm" / "app", folder, ignore=shutil.ignore_patterns(".__nvfl_*"))
     return folder
 
 

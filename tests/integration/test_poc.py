@@ -223,3 +223,34 @@ def test_masks_where_they_are_required(sovereign: Running, experiment: Experimen
     end = sovereign.end(sovereign.submit(job(masked)))
     assert "site-2" not in end.refused
     assert set(end.refused) == {"site-1", "site-3"}
+
+
+def test_a_pacs_for_a_hospital_is_stopped_with_the_rest(tmp_path: Path) -> None:
+    """Orthanc, loaded and asked with the commands that a user types; it needs no running node."""
+    if shutil.which("Orthanc", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.skip("no Orthanc; apt-get install orthanc orthanc-dicomweb")
+    folder = tmp_path / "a federation"
+    with federation(folder, {"site-1": policy_toml()}, start=False) as made:
+        fedct(
+            "data",
+            "phantom",
+            "scans",
+            "--hospital",
+            "0",
+            "--patients",
+            "3",
+            "--slices",
+            "6",
+            "--matrix",
+            "64",
+            cwd=tmp_path,
+        )
+        said = fedct("poc", "pacs", "site-1", "--load", "scans", "--folder", folder, cwd=tmp_path)
+        assert "18 images stored" in said
+        (url,) = re.findall(r"^PACS of site-1: (\S+)$", said, re.MULTILINE)
+        credentials = made.base / "pacs" / "site-1" / "credentials"
+        pulled = fedct("data", "pull", url, "cohort", "--credentials-file", credentials, "--limit", "2", cwd=tmp_path)
+        assert "images: 12 fetched" in pulled
+        assert "patients accepted: 2" in fedct("data", "inspect", "cohort", cwd=tmp_path)
+        assert "stopped 1 processes" in fedct("poc", "down", "--folder", folder, cwd=tmp_path)
+        assert not running(made.base)

@@ -448,6 +448,7 @@ def test_a_job_that_is_not_taken_is_refused_with_the_reason(tmp_path: Path, erro
             raise error
 
     opened: Any = Refuses()
+    (tmp_path / "job").mkdir()
     with pytest.raises(ConfigError, match=said):
         submit(opened, tmp_path / "job")
 
