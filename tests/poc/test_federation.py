@@ -215,6 +215,12 @@ def with_a_user_without_role(file: Path) -> None:
     write(file, values)
 
 
+def with_a_user_who_may_do_anything(file: Path) -> None:
+    values = project()
+    values["participants"][-1]["role"] = "super"
+    write(file, values)
+
+
 HOSPITALS_THAT_CANNOT_BE_MEANT = [twice_the_same_site, with_a_name_that_is_a_path]
 PROJECTS_THAT_CANNOT_BE_MEANT = [
     no_yaml,
@@ -229,6 +235,7 @@ PROJECTS_THAT_CANNOT_BE_MEANT = [
     without_a_type,
     with_a_participant_that_is_text,
     with_a_user_without_role,
+    with_a_user_who_may_do_anything,
 ]
 
 
