@@ -225,6 +225,21 @@ def test_masks_where_they_are_required(sovereign: Running, experiment: Experimen
     assert set(end.refused) == {"site-1", "site-3"}
 
 
+@pytest.mark.slow
+def test_an_encrypted_job_with_the_contexts_of_the_kits(
+    experiment: ExperimentConfig, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The builder that the project file has in a comment is all that it takes."""
+    pytest.importorskip("tenseal")
+    encrypted = replace(experiment, encryption="ckks")
+    base = tmp_path_factory.mktemp("encrypted")
+    with federation(base, dict.fromkeys(SITES, policy_toml()), encryption=True) as up:
+        end = up.end(up.submit(write_job(tmp_path, encrypted, SITES)))
+        assert end.refused == {}
+        assert end.folder is not None
+        assert check_receipt(end.folder)["participants"] == {"0": SITES, "1": SITES}
+
+
 def test_a_pacs_for_a_hospital_is_stopped_with_the_rest(tmp_path: Path) -> None:
     """Orthanc, loaded and asked with the commands that a user types; it needs no running node."""
     if shutil.which("Orthanc", path=f"{os.environ['PATH']}:/usr/sbin") is None:
