@@ -12,6 +12,7 @@ import shutil
 import socket
 import ssl
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -25,17 +26,24 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 
-from custom.site_file import SITE_FILE, SiteConfig, load_site
+from custom.site_file import SITE_FILE, SITE_FILE_VARIABLE, SiteConfig, site_config
 from custom.site_sessions import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE
 from custom.strict import ConfigError, require
 from medical_data.cohort import EmbeddedSource
-from poc.kits import AUTHORIZATION, PRIVACY, site_resources
+from poc.kits import AUTHORIZATION, LOG_STREAMING, PRIVACY, site_resources
 from poc.signed_kits import verify_kit
 
 TESTED_NVFLARE = "2.9.0"
 LEAST_DAYS = 14
 LEAST_FREE_BYTES = 5 * 2**30
 CONNECT_S = 10.0
+# What may lie in local/ beside NVFlare's *.default and *.sample; from local/custom NVFlare would load code.
+LOCAL = frozenset(
+    {SITE_FILE, "resources.json", "privacy.json", "authorization.json", "log_config.json", "comm_config.json"}
+)
+COMPONENTS = frozenset({"resource_manager", "resource_consumer", "process_launcher"})
+# The beginning of HTTP/2, with empty SETTINGS (RFC 9113, 3.4); the kind of frame with which a server answers it.
+HTTP2, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
 HARDWARE = ("resource_manager", "resource_consumer")
 
 
@@ -76,16 +84,17 @@ def check_site(
         ("local/resources.json", lambda: _same(kit, "resources.json", site_resources(kit, name))),
         ("local/privacy.json", lambda: _same(kit, "privacy.json", PRIVACY)),
         ("local/authorization.json", lambda: _same(kit, "authorization.json", AUTHORIZATION)),
-        (f"local/{SITE_FILE}", lambda: _policy(_site(kit, name))),
+        (f"local/{SITE_FILE}", lambda: _policy(name, _site(kit, name))),
+        ("rest of local/", lambda: _rest(kit)),
         ("data", lambda: _data(_site(kit, name))),
-        ("home", lambda: _home(_site(kit, name))),
+        ("home", lambda: _home(kit, _site(kit, name))),
         ("NVFlare", _nvflare),
     ]
     checks = [_looked(what, look) for what, look in looks]
-    if root_sha256 is None and checks[1].holds:
-        checks[1] = Check(what=checks[1].what, holds=None, said=checks[1].said)
-    if offline:
-        return [*checks, Check(what="server", holds=None, said="not asked")]
+    trusted = not any(check.holds is False for check in checks[:2])
+    if offline or not trusted:
+        said = "not asked" if offline else "not asked: the address in this kit is not to be trusted"
+        return [*checks, Check(what="server", holds=None, said=said)]
     return [*checks, _looked("server", lambda: _server(kit))]
 
 
@@ -95,11 +104,19 @@ def table(checks: list[Check]) -> str:
     return "\n".join(f"{words[check.holds]:5} {check.what:26} {check.said}" for check in checks)
 
 
+class _ForPeople(Exception):
+    """Nothing is wrong, and somebody has to do something."""
+
+
 def _looked(what: str, look: Callable[[], str]) -> Check:
     try:
         return Check(what=what, holds=True, said=look())
-    except (ConfigError, ValueError, OSError) as error:
+    except _ForPeople as open_question:
+        return Check(what=what, holds=None, said=str(open_question))
+    except (ConfigError, OSError) as error:
         return Check(what=what, holds=False, said=str(error))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a file of another shape
+        return Check(what=what, holds=False, said=f"cannot be read ({type(error).__name__}): ask for a new kit")
 
 
 def _signature(kit: Path) -> str:
@@ -111,7 +128,7 @@ def _root(kit: Path, told: str | None) -> str:
     root = _load(kit, ROOT_FILE)
     found = hashlib.sha256(root.public_bytes(serialization.Encoding.DER)).hexdigest()
     if told is None:
-        return f"SHA-256 {found}: compare it with the coordinator's, by telephone"
+        raise _ForPeople(f"SHA-256 {found}: compare it with the coordinator's, by telephone")
     same = told.replace(":", "").lower() == found
     require(same, argument="--root-sha256", value=told, remedy=f"the kit has {found}: start nothing of it")
     return f"SHA-256 {found}, as told"
@@ -136,9 +153,15 @@ def _certificate(kit: Path, name: str) -> str:
         public.verify(own.signature, own.tbs_certificate_bytes, padding.PKCS1v15(), own.signature_hash_algorithm)
     except InvalidSignature:
         raise ConfigError(f"{CERTIFICATE_FILE} = not issued by the kit's root: {remedy}") from None
-    (common,) = own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    require(common.value == name, argument="--name", value=name, remedy=f"the kit is of {common.value!r}")
+    named = certified_name(kit)
+    require(named == name, argument="--name", value=name, remedy=f"the kit is of {named!r}")
     return f"of {name}, issued by the root"
+
+
+def certified_name(kit: Path) -> str:
+    """Whom the certificate of a kit names."""
+    (common,) = _load(kit, CERTIFICATE_FILE).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(common.value)
 
 
 def _validity(kit: Path, now: datetime) -> str:
@@ -152,7 +175,8 @@ def _validity(kit: Path, now: datetime) -> str:
             remedy = "ask for a new kit, or set the clock if it is wrong"
             raise ConfigError(f"clock = {now:%Y-%m-%d %H:%M}: {file} ended {end:%Y-%m-%d}; {remedy}")
         left = (end - now).days
-        require(left >= LEAST_DAYS, argument=file, value=f"{left} days left", remedy="ask for a new kit now")
+        if left < LEAST_DAYS:
+            raise _ForPeople(f"{file} has {left} days left: ask for a new kit now")
         said = f"until {end:%Y-%m-%d}, {left} days; this machine's clock says {now:%Y-%m-%d %H:%M} UTC"
     return said
 
@@ -185,17 +209,50 @@ def _differences(found: object, expected: object, place: str = "") -> Iterator[s
         yield place or "the top"
 
 
+def _rest(kit: Path) -> str:
+    """Nothing else that NVFlare reads: no code, and no component that came with the default ``resources.json``."""
+    others = sorted(
+        entry.name
+        for entry in (kit / "local").iterdir()
+        if entry.name not in LOCAL and entry.suffix not in (".default", ".sample")
+    )
+    require(not others, argument="local/", value=others, remedy="not of the kit nor of fedct; look, and take it away")
+    default = json.loads((kit / "local" / "resources.json.default").read_text(encoding="utf-8"))
+    more = sorted({one["id"] for one in default["components"]} - COMPONENTS - LOG_STREAMING)
+    remedy = "not NVFlare's default: ask for a new kit"
+    require(not more, argument="local/resources.json.default", value=more, remedy=remedy)
+    return "nothing that nobody put there"
+
+
 def _site(kit: Path, name: str) -> SiteConfig:
-    return load_site(kit / "local" / SITE_FILE, name)
+    """As jobs will read it: another file may come before the kit's own."""
+    named, shared = os.environ.get(SITE_FILE_VARIABLE), kit.resolve().parent / "local" / SITE_FILE
+    remedy = f"jobs would read it instead of the kit's local/{SITE_FILE}; unset it"
+    require(not named, argument=SITE_FILE_VARIABLE, value=named, remedy=remedy)
+    remedy = f"jobs would read it instead of the kit's local/{SITE_FILE}; move it, or the kit"
+    require(not shared.is_file(), argument="site file", value=str(shared), remedy=remedy)
+    site = site_config(name, workspace_root=kit)
+    own = (kit / "startup").resolve()
+    remedy = "take it out of the site file: a provisioned site has its own"
+    require(site.kit.resolve() == own, argument=f"sites.{name}.kit", value=str(site.kit), remedy=remedy)
+    return site
 
 
-def _policy(site: SiteConfig) -> str:
-    policy = site.policy
-    masks = policy.secure_aggregation is not None and policy.secure_aggregation.required
+def _policy(name: str, site: SiteConfig) -> str:
+    policy, floor = site.policy, site.policy.secure_aggregation
+    if floor is not None:
+        remedy = f"name all sites, {name} among them"
+        require(name in floor.peers, argument="secure_aggregation.peers", value=floor.peers, remedy=remedy)
+        only, least = "only" if floor.required else "also without masks, or", f"{floor.min_survivors} at least"
+        masks = f"{only} under masks with {', '.join(floor.peers)} ({least})"
+    else:
+        masks = "without masks: the server sees this site's updates"
+    one, total = policy.budgets.per_job, policy.budgets.total
     return (
-        f"{'only jobs with' if policy.required else 'jobs with and without'} differential privacy, "
-        f"{'only' if masks else 'not only'} under masks; epsilon at most {policy.budgets.per_job.epsilon:g} a job and "
-        f"{policy.budgets.total.epsilon:g} in all at delta {policy.budgets.total.delta:g}; "
+        f"{'only jobs with' if policy.required else 'jobs with and WITHOUT'} differential privacy; {masks}; "
+        f"epsilon at most {one.epsilon:g} a job and {total.epsilon:g} in all at delta {total.delta:g}; "
+        f"{policy.min_patients} patients at least; may leave beside the update: "
+        f"{', '.join(policy.may_leave) or 'nothing'}; "
         f"jobs: {'all' if site.jobs is None else ', '.join(site.jobs) or 'none'}"
     )
 
@@ -206,20 +263,28 @@ def _data(site: SiteConfig) -> str:
     folder = site.source.folder
     readable = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
     require(readable, argument="data.folder", value=str(folder), remedy="no folder that this user may read")
+    some = any(True for _ in folder.iterdir())
+    require(some, argument="data.folder", value=str(folder), remedy="it is empty; is it mounted?")
     return f"{folder} is there; fedct data inspect says what is in it"
 
 
-def _home(site: SiteConfig) -> str:
+def _home(kit: Path, site: SiteConfig) -> str:
+    inside = site.home.resolve().is_relative_to(kit.resolve())
+    remedy = "it lies in the kit: a new kit would take the ledger's place; name a folder outside"
+    require(not inside, argument="home", value=str(site.home), remedy=remedy)
     place = site.home
     while not place.exists():
         place = place.parent
-    require(
-        os.access(place, os.W_OK | os.X_OK), argument="home", value=str(site.home), remedy="this user may not write"
-    )
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        remedy = f"this user may not write there ({error.strerror}); make it, and give it to the node's user"
+        raise ConfigError(f"home = {str(site.home)!r}: {remedy}") from error
     free = shutil.disk_usage(place).free
     remedy = f"keep at least {LEAST_FREE_BYTES / 2**30:.0f} GiB free: a full disk makes the site refuse its rounds"
     require(free >= LEAST_FREE_BYTES, argument="home", value=f"{free / 2**30:.1f} GiB free", remedy=remedy)
-    return f"{site.home}, {free / 2**30:.0f} GiB free"
+    return f"{site.home}, {free / 2**30:.0f} GiB free{'' if place == site.home else '; it will be made'}"
 
 
 def _nvflare() -> str:
@@ -230,24 +295,33 @@ def _nvflare() -> str:
 
 
 def _server(kit: Path) -> str:
-    """Connect as the node will: mutual TLS, with the kit's key, to who the root certifies."""
+    """Connect as the node will, up to the server's first frame: TLS 1.3 shakes hands before it has judged our side."""
     startup = kit / "startup"
     (server,) = json.loads((startup / "fed_client.json").read_text(encoding="utf-8"))["servers"]
-    target = str(server["service"]["target"])
+    target, identity = str(server["service"]["target"]), str(server["identity"])
     host, _, port = target.rpartition(":")
     context = ssl.create_default_context(cafile=str(startup / ROOT_FILE))
     context.load_cert_chain(startup / CERTIFICATE_FILE, startup / KEY_FILE)
     context.set_alpn_protocols(["h2"])
+    between = "does something between here and the server break TLS open?"
     try:
         with (
             socket.create_connection((host, int(port)), timeout=CONNECT_S) as plain,
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
-            return f"{target} answers with {secure.version()} and a certificate of the root"
+            peer = x509.load_der_x509_certificate(secure.getpeercert(binary_form=True) or b"")
+            named = [str(entry.value) for entry in peer.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+            require(named == [identity], argument="server", value=named, remedy=f"the kit expects {identity!r}")
+            spoken = secure.selected_alpn_protocol()
+            require(spoken == "h2", argument="server", value=spoken, remedy=f"it does not speak HTTP/2; {between}")
+            secure.sendall(HTTP2)
+            answer = secure.recv(9)
+            takes = len(answer) > 3 and answer[3] == SETTINGS
+            remedy = "it ends the connection: it does not take this site's certificate; ask the coordinator"
+            require(takes, argument="server", value=target, remedy=remedy)
+            return f"{target}: {secure.version()}, of the root, and it takes this site's certificate"
     except ssl.SSLError as error:
-        remedy = (
-            "something between here and the server breaks TLS open, a clock is wrong, or it is another federation's"
-        )
+        remedy = f"{between} Else a clock is wrong, or it is another federation's"
         raise ConfigError(f"server = {target!r}: {error.reason or error}: {remedy}") from error
     except OSError as error:
         remedy = "is it up, and does the firewall let this one port out?"

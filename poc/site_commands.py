@@ -45,25 +45,55 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from custom.site_file import SITE_FILE, load_site, read_tables
+    from custom.site_file import SITE_FILE
     from custom.strict import require
     from poc.kits import prepare_server, prepare_site
     from poc.signed_kits import verify_kit
+    from poc.site_check import certified_name
 
     verify_kit(options.kit)
     own = options.kit / "local" / SITE_FILE
     given = options.site_file or own
     require(given.is_file(), argument="--site-file", value=str(given), remedy="no such file: give the node's site file")
     if options.server:
-        tables = read_tables(given)
-        require("server" in tables, argument="server", value=None, remedy=f"add a table [server] to {given}")
-        prepare_server(options.kit, tables["server"])
+        server = (options.kit / "startup" / "server.crt").is_file()
+        require(server, argument="kit", value=str(options.kit), remedy="a site's, not the server's; give --name")
+        prepare_server(options.kit, _server_table(given))
     else:
-        load_site(given, options.name)  # what is wrong with it is said now, not when a job comes
-        tables = read_tables(given)
-        prepare_site(options.kit, options.name, tables["sites"][options.name] if given != own else None)
+        named = certified_name(options.kit)
+        require(named == options.name, argument="--name", value=options.name, remedy=f"the kit is of {named!r}")
+        table = _site_table(options.kit, given, options.name)
+        prepare_site(options.kit, options.name, table if given.resolve() != own.resolve() else None)
     print(f"written: {', '.join(sorted(file.name for file in (options.kit / 'local').glob('*.*') if _ours(file)))}")
     return READY
+
+
+def _site_table(kit: Path, file: Path, name: str) -> dict[str, Any]:
+    """A site's table, with paths that hold wherever its file lies; what is wrong with it is said now."""
+    from custom.site_file import load_site, read_tables
+    from custom.strict import require
+    from medical_data.cohort import FolderSource
+
+    site, table = load_site(file, name), dict(read_tables(file)["sites"][name])
+    other = "kit" in table and site.kit.resolve() != (kit / "startup").resolve()
+    remedy = "take it out of the site file: a provisioned site has its own"
+    require(not other, argument=f"sites.{name}.kit", value=table.get("kit"), remedy=remedy)
+    table["home"] = str(site.home)
+    if isinstance(site.source, FolderSource):
+        table["data"] = dict(table["data"]) | {"folder": str(site.source.folder)}
+    return table
+
+
+def _server_table(file: Path) -> dict[str, Any]:
+    from custom.site_file import ServerConfig, read_tables
+    from custom.strict import build, require
+
+    tables = read_tables(file)
+    require("server" in tables, argument="server", value=None, remedy=f"add a table [server] to {file}")
+    table, folder = dict(tables["server"]), file.resolve().parent
+    base = folder.parent.parent if folder.name == "local" else folder  # as the server itself reads it
+    server = build(ServerConfig, {"kit": ".", **table}, "server")
+    return table | {"runs": str(base / server.runs), "models": str(base / server.models)}
 
 
 def _ours(file: Path) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from policies import policy_toml
 
 from custom.cli import main
+from custom.site_file import site_config
 from poc import site_check
 from poc.federation import Federation, provision
 from poc.site_check import Check, check_site
@@ -29,10 +31,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 @pytest.fixture
 def kit(made: Federation, tmp_path: Path) -> Path:
-    """A prepared kit of the first site, with a folder of scans that is empty."""
+    """A prepared kit of the first site, with a folder of scans."""
     copy = tmp_path / "kit"
     shutil.copytree(made.kit(SITE), copy)
     (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "scan").touch()
     table = f'[sites.{SITE}]\nhome = "{tmp_path}/home"\n{policy_toml()}\ndata = {{ folder = "{tmp_path}/scans" }}\n'
     (tmp_path / "site.toml").write_text(table)
     assert main(["site", "prepare", str(copy), "--name", SITE, "--site-file", str(tmp_path / "site.toml")]) == 0
@@ -94,7 +97,7 @@ def _no_filter(kit: Path) -> None:
 
 
 def _no_scans(kit: Path) -> None:
-    (kit.parent / "scans").rmdir()
+    shutil.rmtree(kit.parent / "scans")
 
 
 def _change(kit: Path, name: str, change: Callable[[dict[str, object]], object]) -> None:
@@ -157,13 +160,21 @@ def test_a_root_that_did_not_issue_the_certificate(kit: Path, tmp_path: Path) ->
     assert {"signature of the kit", "certificate"} <= failed(kit)
 
 
-@pytest.mark.parametrize(("days", "said"), [(-2, "set the clock"), (350, "days left"), (800, "ended")])
+@pytest.mark.parametrize(("days", "said"), [(-2, "set the clock"), (800, "ended")])
 def test_a_wrong_clock_or_an_old_certificate(kit: Path, days: int, said: str) -> None:
     now = datetime.now(timezone.utc) + timedelta(days=days)
     check = found(kit, now=now)["validity and clock"]
     assert check.holds is False
     assert said in check.said
     assert failed(kit, now=now) == {"validity and clock"}
+
+
+def test_a_certificate_that_ends_soon_is_told_and_keeps_nothing_from_starting(kit: Path) -> None:
+    now = datetime.now(timezone.utc) + timedelta(days=350)
+    check = found(kit, now=now)["validity and clock"]
+    assert check.holds is None
+    assert "days left: ask for a new kit now" in check.said
+    assert failed(kit, now=now) == set()
 
 
 def test_a_disk_that_is_nearly_full(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,29 +214,174 @@ def test_the_server_s_kit_is_prepared(made: Federation, tmp_path: Path) -> None:
     assert resources["class_list_enforcement_mode"] == "enforce"
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    """Something that listens and breaks off whatever begins."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            near, _ = listener.accept()
-            near.recv(100)
-            near.close()
-
-        threading.Thread(target=answer, daemon=True).start()
-        yield listener.getsockname()[1]
+# ---- what would be overlooked
 
 
-def test_a_server_that_is_not_there_and_one_that_is_no_server(kit: Path, port: int) -> None:
-    def ask(target: str) -> Check:
-        file = kit / "startup" / "fed_client.json"
-        values = json.loads(file.read_text())
-        values["servers"][0]["service"]["target"] = target
-        file.write_text(json.dumps(values))
-        return next(check for check in check_site(kit, SITE) if check.what == "server")
+def _code(kit: Path) -> None:
+    (kit / "local" / "custom").mkdir()
+    (kit / "local" / "custom" / "evil.py").touch()
 
-    assert "firewall" in ask("127.0.0.1:9").said
-    check = ask(f"localhost:{port}")
+
+def _component(kit: Path) -> None:
+    entry = {"id": "x", "path": "os.system", "args": {}}
+    _change(kit, "resources.json.default", lambda values: values["components"].append(entry))
+    _change(kit, "resources.json", lambda values: values["components"].append(entry))
+
+
+def _other_site_file(kit: Path) -> None:
+    (kit.parent / "local").mkdir()
+    shutil.copy(kit / "local" / "fedct.toml", kit.parent / "local")
+
+
+def _home_in_kit(kit: Path) -> None:
+    _site_file(kit, f"{kit.parent}/home", f"{kit}/home")
+
+
+def _home_under_a_file(kit: Path) -> None:
+    (kit.parent / "file").touch()
+    _site_file(kit, f"{kit.parent}/home", f"{kit.parent}/file/home")
+
+
+def _not_among_its_peers(kit: Path) -> None:
+    _site_file(
+        kit, "required = false", 'required = false\nsecure_aggregation = { peers = ["a", "b"], min_survivors = 2 }'
+    )
+
+
+def _site_file(kit: Path, old: str, new: str) -> None:
+    file = kit / "local" / "fedct.toml"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+SITE_FILE_ROWS = {"local/fedct.toml", "data", "home"}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (_code, {"rest of local/"}),
+        (_component, {"rest of local/"}),
+        (_other_site_file, SITE_FILE_ROWS),
+        (lambda kit: (kit / "local" / "fedct.toml").unlink(), SITE_FILE_ROWS),
+        (lambda kit: _site_file(kit, f"sites.{SITE}", "sites.other"), SITE_FILE_ROWS),
+        (_home_in_kit, {"home"}),
+        (_home_under_a_file, {"home"}),
+        (_not_among_its_peers, {"local/fedct.toml"}),
+        (lambda kit: (kit.parent / "scans" / "scan").unlink(), {"data"}),
+        (lambda kit: (kit / "startup" / "added.sh").touch(), {"signature of the kit"}),
+        (lambda kit: (kit / "startup" / "start.sh").unlink(), {"signature of the kit"}),
+        (lambda kit: (kit / "startup" / "signature.json").write_text("3"), {"signature of the kit"}),
+        (lambda kit: (kit / "local" / "resources.json").write_text("3"), {"local/resources.json"}),
+    ],
+)
+def test_what_would_be_overlooked(kit: Path, change: Callable[[Path], None], what: set[str]) -> None:
+    change(kit)
+    assert failed(kit) == what
+
+
+def test_a_site_file_that_the_environment_names(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDCT_SITE_FILE", str(kit / "local" / "fedct.toml"))
+    assert failed(kit) == SITE_FILE_ROWS
+
+
+def test_a_kit_is_not_prepared_under_another_name(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = kit.parent / "other.toml"
+    file.write_text((kit / "local" / "fedct.toml").read_text().replace(SITE, "site-2"))
+    assert main(["site", "prepare", str(kit), "--name", "site-2", "--site-file", str(file)]) == 2
+    assert "the kit is of 'site-1'" in capsys.readouterr().err
+    assert main(["site", "prepare", str(kit), "--server", "--site-file", str(file)]) == 2
+
+
+def test_paths_are_taken_from_the_site_file_s_folder(kit: Path) -> None:
+    folder = kit.parent / "settings"
+    (folder / "ct").mkdir(parents=True)
+    (folder / "ct" / "scan").touch()
+    file = folder / "site.toml"
+    file.write_text(f'[sites.{SITE}]\nhome = "home"\n{policy_toml()}\ndata = {{ folder = "ct" }}\n')
+    assert main(["site", "prepare", str(kit), "--name", SITE, "--site-file", str(file)]) == 0
+    site = site_config(SITE, workspace_root=kit)
+    assert site.home == folder.resolve() / "home"
+    assert failed(kit) == set()
+    file.write_text(f'[sites.{SITE}]\nkit = "kit"\n' + file.read_text().split("\n", 1)[1])
+    assert main(["site", "prepare", str(kit), "--name", SITE, "--site-file", str(file)]) == 2
+
+
+# ---- the server
+
+
+@contextmanager
+def listening(
+    made: Federation, *, kit_of: str = "server", asks: str = "site-1", frame: bytes = b"\0\0\0\4"
+) -> Iterator[None]:
+    """A server on the port of the kits, with a node's certificate; it takes clients of the root of ``asks``."""
+    startup, root = made.kit(kit_of) / "startup", made.kit(asks) / "startup" / "rootCA.pem"
+    name = "server" if kit_of == "server" else "client"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(startup / f"{name}.crt", startup / f"{name}.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(root)
+    context.set_alpn_protocols(["h2"])
+
+    def answer(listener: socket.socket) -> None:
+        near, _ = listener.accept()
+        with suppress(OSError), context.wrap_socket(near, server_side=True) as tls:
+            tls.sendall(frame)
+            tls.recv(100)
+
+    with socket.create_server(("localhost", made.members.ports[0])) as listener:
+        thread = threading.Thread(target=answer, args=(listener,), daemon=True)
+        thread.start()
+        yield
+        thread.join(10)
+
+
+def server(kit: Path) -> Check:
+    return next(check for check in check_site(kit, SITE) if check.what == "server")
+
+
+def test_a_server_that_takes_this_site(kit: Path, made: Federation) -> None:
+    with listening(made):
+        check = server(kit)
+    assert check.holds is True, check.said
+    assert "takes this site's certificate" in check.said
+
+
+def test_a_server_that_is_not_there(kit: Path) -> None:
+    check = server(kit)
     assert check.holds is False
-    assert os.environ.get("HOME", "/nowhere") not in check.said
+    assert "firewall" in check.said
+
+
+def test_a_server_that_does_not_take_this_site(kit: Path, made: Federation, tmp_path: Path) -> None:
+    other = provision(tmp_path / "other")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(made.folder, mixed)
+    shutil.copy(other.kit(SITE) / "startup" / "rootCA.pem", mixed / made.members.kits / SITE / "startup")
+    with listening(Federation.load(mixed)):
+        assert server(kit).holds is False
+
+
+def test_a_server_that_does_not_speak_http2(kit: Path, made: Federation) -> None:
+    with listening(made, frame=b"\0\0\0\0"):
+        check = server(kit)
+    assert check.holds is False
+    assert "does not take" in check.said
+
+
+def test_another_node_in_the_server_s_place(kit: Path, made: Federation) -> None:
+    with listening(made, kit_of="site-2"):
+        assert server(kit).holds is False
+
+
+def test_something_that_breaks_off_whatever_begins(kit: Path, made: Federation) -> None:
+    with socket.create_server(("localhost", made.members.ports[0])) as listener:
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        check = server(kit)
+    assert check.holds is False
+
+
+def test_nobody_calls_the_address_of_a_kit_that_was_changed(kit: Path) -> None:
+    _flip(kit)
+    assert "not to be trusted" in server(kit).said
+    assert server(kit).holds is None
