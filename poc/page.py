@@ -33,7 +33,7 @@ from poc.snapshot import (
 from privacy.audit.report.blocks import Block, Details, Facts, Paragraph, Table
 from privacy.audit.report.charts import WIDTH, Area, Chart, Dash, Label, Mark, Place, Stroke, Tone
 from privacy.audit.report.html import ICONS as VERDICT_ICONS
-from privacy.audit.report.html import STYLE, _block, _text
+from privacy.audit.report.html import STYLE, block_html, text_html
 from privacy.ledger import Account
 
 SHOWN_RUNS = 2  # trainings in full; the table has all of them
@@ -118,11 +118,11 @@ def page(snapshot: Snapshot, *, refresh_s: int | None = None) -> str:
         ("runs", "All runs", _runs(snapshot)),
         ("about", "About this page", _about(snapshot, refresh_s)),
     ]
-    links = "".join(f'<li><a href="#{name}">{_text(title)}</a></li>' for name, title, _ in sections)
+    links = "".join(f'<li><a href="#{name}">{text_html(title)}</a></li>' for name, title, _ in sections)
     refresh = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">\n'
     title = f"Federation {snapshot.name}"
     body = "".join(
-        f'<section id="{name}">\n<h2>{_text(title)}</h2>\n{inner}</section>\n' for name, title, inner in sections
+        f'<section id="{name}">\n<h2>{text_html(title)}</h2>\n{inner}</section>\n' for name, title, inner in sections
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -130,16 +130,16 @@ def page(snapshot: Snapshot, *, refresh_s: int | None = None) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 {refresh}<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<title>{text_html(title)}</title>
 <style>{STYLE}{MORE_STYLE}</style>
 </head>
 <body>
 <header>
-<h1>{_text(title)}</h1>
+<h1>{text_html(title)}</h1>
 <p class="quiet">Written {_time(snapshot.written_at)}. A server and {_count(len(snapshot.sites), "site")} \
 on one machine.</p>
 {_headline(snapshot, found)}
-{_alarms(found)}{_block(_summary(snapshot))}
+{_alarms(found)}{block_html(_summary(snapshot))}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>
@@ -174,12 +174,14 @@ def _headline(snapshot: Snapshot, found: tuple[Alarm, ...]) -> str:
         said = "Nothing is wrong as far as this page can see."
     ready = f"{statuses.count('ready')} of {_count(len(statuses), 'node')} ready."
     bar = (
-        "" if going is None or going.is_audit else f"<p>{_text(_progress_said(snapshot, going))}</p>{_progress(going)}"
+        ""
+        if going is None or going.is_audit
+        else f"<p>{text_html(_progress_said(snapshot, going))}</p>{_progress(going)}"
     )
     return (
         f'<div class="verdict" id="status" data-status="{tone}" style="--tone: var(--{tone})">'
-        f'<p class="word"><span aria-hidden="true">{icon}</span> {_text(word)}</p>'
-        f'<div class="state"><p>{_text(said)}</p><p>{_text(ready)}</p></div>{bar}</div>'
+        f'<p class="word"><span aria-hidden="true">{icon}</span> {text_html(word)}</p>'
+        f'<div class="state"><p>{text_html(said)}</p><p>{text_html(ready)}</p></div>{bar}</div>'
     )
 
 
@@ -212,8 +214,8 @@ def _alarms(found: tuple[Alarm, ...]) -> str:
     return "".join(
         f'<div class="alarm" role="note" data-serious="{str(alarm.serious).lower()}" '
         f'style="--tone: var(--{"RED" if alarm.serious else "AMBER"})"><strong>'
-        f'<span aria-hidden="true">{"▲" if alarm.serious else "◆"}</span> {_text(alarm.what)}.</strong> '
-        f"{_text(alarm.text)}</div>\n"
+        f'<span aria-hidden="true">{"▲" if alarm.serious else "◆"}</span> {text_html(alarm.what)}.</strong> '
+        f"{text_html(alarm.text)}</div>\n"
         for alarm in found
     )
 
@@ -284,7 +286,7 @@ def _sites(snapshot: Snapshot) -> str:
         ),
         widths=(16, 22, 16, 16, 30),
     )
-    return _block(table)
+    return block_html(table)
 
 
 def _node_row(node: NodeState, part: str) -> tuple[str, ...]:
@@ -330,13 +332,13 @@ def _run(snapshot: Snapshot, run: RunView, prefix: str) -> str:
         rows.append(("Receipt", "holds: the model is the one that it vouches for"))
         rows.append(("Finished model", _figures_said(run)))
     held_out, training = _loss_chart(run, prefix, "held_out_loss"), _loss_chart(run, prefix, "train_loss")
-    charts = "".join(_block(chart) for chart in (held_out, training) if chart is not None)
-    parts = [_block(Facts(rows=tuple(rows)))]
+    charts = "".join(block_html(chart) for chart in (held_out, training) if chart is not None)
+    parts = [block_html(Facts(rows=tuple(rows)))]
     if charts:
         parts.append(f'<h3>Loss</h3>\n<div class="charts">{charts}</div>\n')
-    parts.append(_block(Paragraph(_losses_said(run))))
+    parts.append(block_html(Paragraph(_losses_said(run))))
     parts.append(f"<h3>Samples</h3>\n{_grids(run)}")
-    parts.append(_block(_rounds(run)))
+    parts.append(block_html(_rounds(run)))
     return "".join(parts)
 
 
@@ -527,14 +529,14 @@ def _grids(run: RunView) -> str:
     if not grids and run.mean_image is None:
         pictures = run.config is None or run.config.preprocess.spatial_dims == 2
         said = "None yet." if run.outcome == "unfinished" else "The run left none."
-        return _block(Paragraph(said if pictures else "Volumes are not shown here."))
+        return block_html(Paragraph(said if pictures else "Volumes are not shown here."))
     figures = [_figure(grid.file, _grid_said(grid, run)) for grid in grids]
     if run.mean_image is not None:
         figures.append(_figure(run.mean_image, "noisy mean image, released by the sites before training"))
     left = len(run.grids) - len(grids)
     said = "Drawn by the model on the server: nobody's scans."
     said += f" {_count(left, 'older grid')} in the run's folder." if left else ""
-    return f'<div class="grids">{"".join(figures)}</div>\n{_block(Paragraph(said))}'
+    return f'<div class="grids">{"".join(figures)}</div>\n{block_html(Paragraph(said))}'
 
 
 def _grid_said(grid: SampleGrid, run: RunView) -> str:
@@ -545,10 +547,10 @@ def _grid_said(grid: SampleGrid, run: RunView) -> str:
 def _figure(file: Path, said: str) -> str:
     uri = _data_uri(file)
     if uri is None:
-        return (
-            f"<figure><figcaption>{_text(said)}: {_text(file.name)} cannot be read as a picture</figcaption></figure>"
-        )
-    return f'<figure><img alt="{_text(said)}" src="{uri}"><figcaption>{_text(_capital(said))}</figcaption></figure>'
+        unread = f"{said}: {file.name} cannot be read as a picture"
+        return f"<figure><figcaption>{text_html(unread)}</figcaption></figure>"
+    caption = text_html(_capital(said))
+    return f'<figure><img alt="{text_html(said)}" src="{uri}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _data_uri(file: Path) -> str | None:
@@ -630,8 +632,8 @@ def _privacy(snapshot: Snapshot) -> str:
     parts = []
     chart = _epsilon_chart(snapshot)
     if chart is not None:
-        parts.append(_block(chart))
-    parts.append(_block(table))
+        parts.append(block_html(chart))
+    parts.append(block_html(table))
     if jobs:
         of_jobs = Table(
             caption="Composition is not a sum: the total is less than the sum of the jobs.",
@@ -639,7 +641,7 @@ def _privacy(snapshot: Snapshot) -> str:
             rows=tuple(jobs),
             widths=(40, 18, 20, 22),
         )
-        parts.append(_block(Details("By job", (of_jobs,))))
+        parts.append(block_html(Details("By job", (of_jobs,))))
     return "".join(parts)
 
 
@@ -717,9 +719,9 @@ def _runs(snapshot: Snapshot) -> str:
             rows=tuple(_run_row(snapshot, run) for run in snapshot.runs),
             widths=(30, 18, 10, 18, 24),
         )
-        parts.append(_block(table))
+        parts.append(block_html(table))
     else:
-        parts.append(_block(Paragraph("No run yet.")))
+        parts.append(block_html(Paragraph("No run yet.")))
     if snapshot.jobs:
         table = Table(
             caption="Jobs as the server lists them.",
@@ -730,7 +732,7 @@ def _runs(snapshot: Snapshot) -> str:
             ),
             widths=(25, 25, 25, 25),
         )
-        parts.append(_block(table))
+        parts.append(block_html(table))
     return "".join(parts)
 
 
@@ -761,7 +763,7 @@ def _about(snapshot: Snapshot, refresh_s: int | None) -> str:
         f"{written} It holds no scan of a patient. It shows the ledgers of all sites, which no site shows another: it "
         "is for one machine whose user runs them all. What a site withholds from the server is withheld here."
     )
-    return _block(Paragraph(said))
+    return block_html(Paragraph(said))
 
 
 def _shown(snapshot: Snapshot) -> tuple[RunView, ...]:

@@ -99,9 +99,9 @@ def write_html(file: Path, audit: Audit, *, gallery: Gallery | None = None) -> N
 
 
 def _page(report: Report) -> str:
-    links = "".join(f'<li><a href="#{s.name}">{_text(s.title)}</a></li>' for s in report.sections)
+    links = "".join(f'<li><a href="#{s.name}">{text_html(s.title)}</a></li>' for s in report.sections)
     warning = (
-        f'<div class="alert" role="alert"><strong>{_text(report.warning)}</strong></div>' if report.warning else ""
+        f'<div class="alert" role="alert"><strong>{text_html(report.warning)}</strong></div>' if report.warning else ""
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -109,18 +109,18 @@ def _page(report: Report) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(report.title)}</title>
+<title>{text_html(report.title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 {warning}
 <header>
-<h1>{_text(report.title)}</h1>
-<p class="quiet">{_text(report.subtitle)}</p>
+<h1>{text_html(report.title)}</h1>
+<p class="quiet">{text_html(report.subtitle)}</p>
 <div class="verdict" id="verdict" data-verdict="{report.verdict}" style="--tone: var(--{report.verdict})">
-<p class="word"><span aria-hidden="true">{ICONS[report.verdict]}</span> {_text(report.headline)}</p>
-<p>{_text(report.sentence)}</p>
-<p>{_text(report.meaning)}</p>
+<p class="word"><span aria-hidden="true">{ICONS[report.verdict]}</span> {text_html(report.headline)}</p>
+<p>{text_html(report.sentence)}</p>
+<p>{text_html(report.meaning)}</p>
 </div>
 {_facts(report.summary)}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
@@ -134,48 +134,51 @@ def _page(report: Report) -> str:
 
 
 def _section(section: Section) -> str:
-    blocks = "".join(_block(block) for block in section.blocks)
-    return f'<section id="{section.name}">\n<h2>{_text(section.title)}</h2>\n{blocks}</section>\n'
+    blocks = "".join(block_html(block) for block in section.blocks)
+    return f'<section id="{section.name}">\n<h2>{text_html(section.title)}</h2>\n{blocks}</section>\n'
 
 
-def _block(block: Block) -> str:
+def block_html(block: Block) -> str:
+    """One block as HTML; whatever is text in it is escaped."""
     if isinstance(block, Paragraph):
-        return f"<p>{_text(block.text)}</p>\n"
+        return f"<p>{text_html(block.text)}</p>\n"
     if isinstance(block, Heading):
-        return f"<h3>{_text(block.text)}</h3>\n"
+        return f"<h3>{text_html(block.text)}</h3>\n"
     if isinstance(block, Bullets):
-        return f"<ul>{''.join(f'<li>{_text(item)}</li>' for item in block.items)}</ul>\n"
+        return f"<ul>{''.join(f'<li>{text_html(item)}</li>' for item in block.items)}</ul>\n"
     if isinstance(block, Facts):
         return _facts(block)
     if isinstance(block, Command):
-        return f"<pre><code>{_text(block.text)}</code></pre>\n"
+        return f"<pre><code>{text_html(block.text)}</code></pre>\n"
     if isinstance(block, Alert):
-        return f'<div class="alert" role="note"><strong>{_text(block.title)}.</strong> {_text(block.text)}</div>\n'
+        return (
+            f'<div class="alert" role="note"><strong>{text_html(block.title)}.</strong> {text_html(block.text)}</div>\n'
+        )
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Chart):
         return _chart(block)
     if isinstance(block, Pictures):
         return _pictures(block.gallery)
-    inner = "".join(_block(each) for each in block.blocks)
-    return f"<details><summary>{_text(block.summary)}</summary>\n{inner}</details>\n"
+    inner = "".join(block_html(each) for each in block.blocks)
+    return f"<details><summary>{text_html(block.summary)}</summary>\n{inner}</details>\n"
 
 
 def _facts(facts: Facts) -> str:
-    return f"<dl>{''.join(f'<dt>{_text(term)}</dt><dd>{_text(said)}</dd>' for term, said in facts.rows)}</dl>\n"
+    return f"<dl>{''.join(f'<dt>{text_html(term)}</dt><dd>{text_html(said)}</dd>' for term, said in facts.rows)}</dl>\n"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
+    head = "".join(f'<th scope="col">{text_html(column)}</th>' for column in table.columns)
     rows = []
     for first, *cells in table.rows:
         named = zip(table.columns[1:], cells, strict=True)
-        said = "".join(f'<td data-label="{_text(column)}">{_text(cell)}</td>' for column, cell in named)
-        rows.append(f'<tr><th scope="row">{_text(first)}</th>{said}</tr>')
+        said = "".join(f'<td data-label="{text_html(column)}">{text_html(cell)}</td>' for column, cell in named)
+        rows.append(f'<tr><th scope="row">{text_html(first)}</th>{said}</tr>')
     body = "".join(rows)
     columns = "".join(f'<col style="width: {width}%">' for width in table.widths)
     return (
-        f"<table><caption>{_text(table.caption)}</caption><colgroup>{columns}</colgroup>"
+        f"<table><caption>{text_html(table.caption)}</caption><colgroup>{columns}</colgroup>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n"
     )
 
@@ -185,9 +188,9 @@ def _chart(chart: Chart) -> str:
     title, description = f"{chart.name}-title", f"{chart.name}-description"
     return (
         f'<figure id="{chart.name}"><svg viewBox="0 0 {WIDTH:g} {chart.height:g}" role="img" '
-        f'aria-labelledby="{title} {description}"><title id="{title}">{_text(chart.title)}</title>'
-        f'<desc id="{description}">{_text(chart.description)}</desc>{marks}</svg>'
-        f"<figcaption>{_text(chart.title)}</figcaption></figure>\n"
+        f'aria-labelledby="{title} {description}"><title id="{title}">{text_html(chart.title)}</title>'
+        f'<desc id="{description}">{text_html(chart.description)}</desc>{marks}</svg>'
+        f"<figcaption>{text_html(chart.title)}</figcaption></figure>\n"
     )
 
 
@@ -196,7 +199,7 @@ def _mark(mark: Mark) -> str:
         x, y = mark.place
         return (
             f'<text x="{x:.1f}" y="{y:.1f}" fill="var(--{mark.tone})" text-anchor="{mark.anchor}" '
-            f'font-size="{mark.size:g}">{_text(mark.text)}</text>'
+            f'font-size="{mark.size:g}">{text_html(mark.text)}</text>'
         )
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in mark.places)
     if isinstance(mark, Area):
@@ -216,5 +219,6 @@ def _pictures(gallery: Gallery) -> str:
     return f'<div class="pairs">{"".join(pairs)}</div>\n'
 
 
-def _text(text: str) -> str:
+def text_html(text: str) -> str:
+    """Text as it may stand in HTML, without what no printer shows."""
     return escape(printable(text))
