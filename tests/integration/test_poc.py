@@ -167,7 +167,7 @@ def test_a_job_of_a_scope_that_no_site_has(sovereign: Running, experiment: Exper
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scope": "mine"}))
     end = sovereign.end(sovereign.submit(folder))
     assert end.folder is None
-    assert "privacy scope 'mine' is not allowed" in " ".join(end.refused.values())
+    assert all("privacy scope 'mine' is not allowed" in end.refused[site] for site in SITES)
 
 
 def test_a_user_without_the_right(sovereign: Running, experiment: ExperimentConfig, job: WriteJob) -> None:
