@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,8 @@ def killed(base: Path, federation: ExperimentConfig, policy: str) -> Run:
             assert not run.done(), run.result().output
             time.sleep(0.2)
         for process in set(children(os.getpid())) - before:
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one of them has ended by itself
+                os.kill(process, signal.SIGKILL)
         return run.result()
 
 
