@@ -5,35 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
 from custom.job_policy import ask_policy
-from custom.site_file import site_config
+from custom.site_file import SiteConfig, site_config
 from custom.strict import ConfigError, require
 from privacy.policy import PolicyRefused
 
+REFUSED = 3  # exit code that custom.validators.site_rules knows; an exception ends with 1
 CLIENT_FILE, SERVER_FILE = "config_fed_client.json", "config_fed_server.json"
 # All that a job may consist of, beside the submitter's signatures.
 FILES = frozenset({CLIENT_FILE, SERVER_FILE, EXPERIMENT_FILE})
 SIGNATURES = frozenset({".__nvfl_sig.json", ".__nvfl_submitter.crt"})
 
 
-def check_job(site: str, folder: Path, workspace: Path) -> None:
-    """Let an application pass, or raise.
+def check_job(own: SiteConfig, allowed: Sequence[str], folder: Path) -> None:
+    """Let an application pass, or raise. What is raised goes to whoever sent the job: it speaks of the job only.
 
     Args:
-        site: name of the site.
+        own: the site's settings.
+        allowed: classes that a job may name, whole or, with a dot at the end, by how they begin.
         folder: the application, with ``config/`` in it.
-        workspace: the site's, with its ``local/``.
 
     Raises:
         ConfigError: code or other files, an experiment in which the site takes no part, a class that it does not allow,
             or a configuration that cannot be meant.
-        PolicyRefused: less privacy than the site demands, naming the rule.
+        PolicyRefused: less privacy than the site demands, naming the rule, and the limit.
     """
-    own = site_config(site, workspace_root=workspace)
     for file in sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()):
         if file.name in SIGNATURES and not file.is_symlink():
             continue
@@ -42,10 +43,9 @@ def check_job(site: str, folder: Path, workspace: Path) -> None:
         require(known, argument="files", value=name, remedy=remedy)
     experiment = ExperimentConfig.load(folder / "config" / EXPERIMENT_FILE)
     own.check_part(experiment.name)
-    allowed = _read(workspace / "local" / "resources.json")["class_allow_list"]
     for path in class_paths(_read(folder / "config" / CLIENT_FILE)):
         passes = any(path == entry or (entry.endswith(".") and path.startswith(entry)) for entry in allowed)
-        require(passes, argument="class_allow_list", value=path, remedy=f"this site allows {allowed} only")
+        require(passes, argument="class_allow_list", value=path, remedy="not on this site's list of classes")
     ask_policy(own.policy, experiment)
 
 
@@ -77,17 +77,23 @@ def _read(file: Path) -> Any:
 
 
 def main() -> int:
-    """Ask in a process of its own; what a site refuses is written to the output."""
+    """Ask in a process of its own. What a job is refused for is written to the output.
+
+    Whatever is wrong with the site's own files ends in a traceback, which stays at the site.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("site")
     parser.add_argument("folder", type=Path)
     parser.add_argument("workspace", type=Path)
     options = parser.parse_args()
+    own = site_config(options.site, workspace_root=options.workspace)
+    resources = json.loads((options.workspace / "local" / "resources.json").read_text(encoding="utf-8"))
+    allowed: list[str] = resources["class_allow_list"]
     try:
-        check_job(options.site, options.folder, options.workspace)
+        check_job(own, allowed, options.folder)
     except (PolicyRefused, ConfigError) as error:
         print(error)
-        return 1
+        return REFUSED
     return 0
 
 

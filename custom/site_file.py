@@ -75,8 +75,7 @@ class SiteConfig:
     def check_part(self, experiment: str) -> None:
         """Raise ``ConfigError`` unless the site takes part in an experiment."""
         chosen = self.jobs is None or experiment in self.jobs
-        remedy = f"this site takes part in {list(self.jobs or ())} only"
-        require(chosen, argument="jobs", value=experiment, remedy=remedy)
+        require(chosen, argument="jobs", value=experiment, remedy="this site takes no part in it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,11 @@ _LEAD = {
     "shell_commands": "none",
     "byoc": "none",
 }
-# A role that is not listed may do nothing. Nobody may send code, nor commands to a site's shell.
+# A role that is not listed may do nothing. Nobody may send code, nor commands to a node's shell.
 AUTHORIZATION = {"format_version": "1.0", "permissions": {"lead": _LEAD, "member": {"view": "any"}}}
+# At a site whether it is there, and nothing of what it has logged: errors may name its files, and no gate sees them.
+_STATUS = {"view": "none", "check_status": "any"}
+SITE_AUTHORIZATION = {"format_version": "1.0", "permissions": {"lead": _LEAD | _STATUS, "member": _STATUS}}
 # The gate, and with it the site's demand for masks, on every reply: unlike a job's filters these name no tasks.
 PRIVACY = {
     "scopes": [
@@ -85,7 +88,7 @@ def prepare_site(kit: Path, name: str, table: Mapping[str, Any] | None) -> None:
         table: its table of the site file; None leaves the file that is there.
     """
     _write_json(kit, "resources.json", site_resources(kit, name))
-    _write_json(kit, "authorization.json", AUTHORIZATION)
+    _write_json(kit, "authorization.json", SITE_AUTHORIZATION)
     _write_json(kit, "privacy.json", PRIVACY)
     if table is not None:
         _write(kit, SITE_FILE, tomli_w.dumps({"sites": {name: table}}))

@@ -30,7 +30,7 @@ from custom.site_file import SITE_FILE, SITE_FILE_VARIABLE, SiteConfig, site_con
 from custom.site_sessions import CERTIFICATE_FILE, KEY_FILE, ROOT_FILE
 from custom.strict import ConfigError, require
 from medical_data.cohort import EmbeddedSource
-from poc.kits import AUTHORIZATION, LOG_STREAMING, PRIVACY, site_resources
+from poc.kits import LOG_STREAMING, PRIVACY, SITE_AUTHORIZATION, site_resources
 from poc.signed_kits import verify_kit
 
 TESTED_NVFLARE = "2.9.0"
@@ -83,7 +83,7 @@ def check_site(
         ("validity and clock", lambda: _validity(kit, moment)),
         ("local/resources.json", lambda: _same(kit, "resources.json", site_resources(kit, name))),
         ("local/privacy.json", lambda: _same(kit, "privacy.json", PRIVACY)),
-        ("local/authorization.json", lambda: _same(kit, "authorization.json", AUTHORIZATION)),
+        ("local/authorization.json", lambda: _same(kit, "authorization.json", SITE_AUTHORIZATION)),
         (f"local/{SITE_FILE}", lambda: _policy(name, _site(kit, name))),
         ("rest of local/", lambda: _rest(kit)),
         ("data", lambda: _data(_site(kit, name))),

@@ -16,7 +16,7 @@ from policies import ALL_STATISTICS, policy_toml
 from custom.config import ExperimentConfig
 from custom.job_policy import ask_policy
 from custom.job_rules import check_job, class_paths
-from custom.site_file import SITE_FILE_VARIABLE, load_site
+from custom.site_file import SITE_FILE_VARIABLE, load_site, site_config
 from custom.strict import ConfigError
 from poc.kits import CLASSES
 from privacy.policy import PolicyRefused
@@ -56,7 +56,8 @@ class Site:
         return app
 
     def check(self, app: Path) -> None:
-        check_job(SITE, app, self.workspace)
+        allowed = json.loads((self.workspace / "local" / "resources.json").read_text())["class_allow_list"]
+        check_job(site_config(SITE, workspace_root=self.workspace), allowed, app)
 
     def refuses(self, app: Path, *said: str, error: type[Exception] = ConfigError) -> None:
         with pytest.raises(error) as caught:
@@ -227,7 +228,7 @@ def beside_everything_known(client: Any) -> None:
 def test_a_class_that_the_site_does_not_allow_is_refused_wherever_it_stands(site: Site, change: Change) -> None:
     app = site.receives()
     edit_client(app, change)
-    site.refuses(app, f"class_allow_list = '{FOREIGN}'", "this site allows")
+    site.refuses(app, f"class_allow_list = '{FOREIGN}'", "not on this site's list of classes")
 
 
 @pytest.mark.parametrize(
@@ -332,9 +333,9 @@ def test_the_sites_own_list_of_experiments_decides(site: Site) -> None:
     site.demands(ALL_PASS, 'jobs = ["ct_audit", "ct_ddpm"]')
     site.check(app)
     site.demands(ALL_PASS, 'jobs = ["ct_audit", "ct_ddp", "ct_ddpm_dp"]')
-    site.refuses(app, "jobs = 'ct_ddpm'", "ct_audit")
+    site.refuses(app, "jobs = 'ct_ddpm': this site takes no part in it")
     site.demands(ALL_PASS, "jobs = []")
-    site.refuses(app, "jobs = 'ct_ddpm'", "takes part in [] only")
+    site.refuses(app, "jobs = 'ct_ddpm'", "takes no part in it")
     site.demands(ALL_PASS)
     site.check(app)
 
@@ -358,8 +359,6 @@ def test_a_site_without_a_list_of_classes_lets_nothing_pass(site: Site) -> None:
     app = site.receives()
     site.allows(())
     site.refuses(app, "class_allow_list")
-    (site.workspace / "local" / "resources.json").unlink()
-    site.refuses(app, "resources.json")
 
 
 # ---- the policy

@@ -60,18 +60,40 @@ def test_code_in_a_job_is_refused_by_the_files_name(app: Path) -> None:
     assert "files = 'custom/evil.py'" in said
 
 
-def test_without_a_site_file_nothing_passes(app: Path) -> None:
+UNAPPLIED = f"{SITE} refuses this job: its rules could not be applied; see the site's log"
+
+
+def test_without_a_site_file_nothing_passes(app: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (app.parents[1] / "local" / "fedct.toml").unlink()
     said, _ = SiteRules(SITE).validate(str(app))
-    assert said.startswith(f"{SITE} refuses this job: site file = fedct.toml")
-    assert "Traceback" not in said
-    assert str(app.parents[1]) not in said
+    assert said == UNAPPLIED
+    assert "site file = fedct.toml" in capfd.readouterr().err
+
+
+def test_of_a_broken_site_file_nothing_is_told(app: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The answer goes to another house; what is wrong stands in the site's own log."""
+    file = app.parents[1] / "local" / "fedct.toml"
+    file.write_text(
+        file.read_text().replace("[sites.", 'secret_study = "x"\n[sites.', 1) + '\nfolder = "/data/trial-7"\n'
+    )
+    said, _ = SiteRules(SITE).validate(str(app))
+    assert said == UNAPPLIED
+    assert "sites.site-1 = ['folder']" in capfd.readouterr().err
+
+
+def test_of_what_else_the_site_does_nothing_is_told(app: Path) -> None:
+    demands(app.parents[1], policy_toml() + '\njobs = ["another_study"]')
+    said, _ = SiteRules(SITE).validate(str(app))
+    assert said == f"{SITE} refuses this job: jobs = 'ct_ddpm': this site takes no part in it"
 
 
 def test_rules_that_crash_let_nothing_pass_and_keep_the_traceback(app: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (app.parents[1] / "local" / "resources.json").write_text("{}")
+    resources = app.parents[1] / "local" / "resources.json"
+    resources.unlink()
+    assert SiteRules(SITE).validate(str(app)) == (UNAPPLIED, {})
+    resources.write_text("{}")
     said, details = SiteRules(SITE).validate(str(app))
-    assert said == f"{SITE} refuses this job: its rules could not be applied; see the site's log"
+    assert said == UNAPPLIED
     assert details == {}
     assert "KeyError: 'class_allow_list'" in capfd.readouterr().err
 

@@ -186,7 +186,7 @@ def test_sites_that_stay_away_do_not_stop_the_others(
         end = opted.end(opted.submit(write_job(tmp_path, experiment, SITES)))
         assert end.status == "FINISHED:COMPLETED"
         assert end.folder is not None
-        assert "takes part in [] only" in end.refused["site-3"]
+        assert "takes no part in it" in end.refused["site-3"]
         receipt = check_receipt(end.folder)
         assert receipt["participants"] == {"0": SITES[:2], "1": SITES[:2]}
         assert receipt["silent"] == {}

@@ -198,7 +198,7 @@ def may(kit: Path, who: Person, right: str, submitter: Person | None = None) -> 
 def test_a_lead_submits_jobs_and_manages_the_own_ones(prepared: Federation, name: str) -> None:
     kit = prepared.kit(name)
     assert may(kit, LEAD, AdminCommandNames.SUBMIT_JOB)
-    assert may(kit, LEAD, AdminCommandNames.LIST_JOBS)
+    assert may(kit, LEAD, AdminCommandNames.LIST_JOBS) == (name == SERVER)
     for right in (
         AdminCommandNames.ABORT_JOB,
         AdminCommandNames.DELETE_JOB,
@@ -226,9 +226,18 @@ def test_a_lead_cannot_operate_a_node(prepared: Federation, name: str) -> None:
     assert not any(may(prepared.kit(name), LEAD, right, LEAD) for right in operate)
 
 
-@pytest.mark.parametrize("name", NODES)
-def test_a_member_looks_and_does_nothing_else(prepared: Federation, name: str) -> None:
-    allowed = {right for right in RIGHTS if may(prepared.kit(name), MEMBER, right, MEMBER)}
+@pytest.mark.parametrize("name", SITES)
+def test_nobody_reads_what_a_site_has_logged(prepared: Federation, name: str) -> None:
+    """Errors may name its files, and NVFlare's command for them passes no filter. That it is there may be seen."""
+    looks = [right for right, category in COMMAND_CATEGORIES.items() if category == CommandCategory.VIEW]
+    assert AdminCommandNames.SHOW_ERRORS in looks
+    for who in (LEAD, MEMBER):
+        seen = [right for right in looks if may(prepared.kit(name), who, right, who)]
+        assert seen == [AdminCommandNames.CHECK_STATUS]
+
+
+def test_a_member_looks_at_the_server_and_does_nothing_else(prepared: Federation) -> None:
+    allowed = {right for right in RIGHTS if may(prepared.kit(SERVER), MEMBER, right, MEMBER)}
     looks = {right for right, category in COMMAND_CATEGORIES.items() if category == CommandCategory.VIEW}
     assert allowed == looks | {CommandCategory.VIEW}
     assert AdminCommandNames.LIST_JOBS in allowed
