@@ -26,8 +26,13 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     commands = poc.add_subparsers(title="commands", metavar="COMMAND", required=True)
     up = _command(commands, "up", _up, "provision and start; wait until all sites are ready")
-    up.add_argument("--project", metavar="FILE", type=Path, help="NVFlare project file (default: the one of fedct)")
-    up.add_argument("--site-file", metavar="FILE", type=Path, help="the hospitals' site file (default: that of fedct)")
+    up.add_argument("--project", metavar="FILE", type=Path, help="NVFlare project file (default: the one it has)")
+    up.add_argument(
+        "--site-file",
+        metavar="FILE",
+        type=Path,
+        help="the hospitals' site file (default: the one it has)",
+    )
     up.add_argument("--sites", metavar="NAME", nargs="+", default=[], help="hospitals instead of the project file's")
     up.add_argument("--timeout", metavar="S", type=int, default=180, help="seconds to wait (default: %(default)s)")
     for name, run, what in (
@@ -70,12 +75,11 @@ def _say(text: str) -> None:
 
 def _up(options: argparse.Namespace) -> int:
     from poc import lifecycle
-    from poc.federation import PROJECT_FILE, SITES_FILE
 
     federation = lifecycle.up(
         options.folder,
-        project_file=options.project or PROJECT_FILE,
-        site_file=options.site_file or SITES_FILE,
+        project_file=options.project,
+        site_file=options.site_file,
         sites=options.sites,
         timeout_s=options.timeout,
         say=_say,
@@ -108,6 +112,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _followed(federation: Federation, session: Session, job_id: str, *, wait: bool) -> int:
     from custom.commands.receipt import report
+    from custom.run_folder import RunFailed
     from poc import jobs
 
     _say(f"job {job_id}")
@@ -123,7 +128,11 @@ def _followed(federation: Federation, session: Session, job_id: str, *, wait: bo
         why = "; ".join(f"{site}: {said}" for site, said in followed.refused.items())
         print(f"fedct: the job did not begin: {why or 'see logs/ of the federation'}", file=sys.stderr)
         return NOT_DONE
-    report(jobs.download(session, job_id, federation.results))
+    try:
+        report(jobs.download(session, job_id, federation.results))
+    except RunFailed as error:
+        print(f"fedct: {error}", file=sys.stderr)
+        return NOT_DONE
     return DONE
 
 

@@ -1,7 +1,9 @@
 """A federation on this machine: where everything of it lies, and how it comes to be there.
 
 <folder>/
-  federation.json    who is in it, and which kits are in use
+  federation.json    which kits are in use, and who is in them
+  project.yml        what they were provisioned from
+  sites.toml         what each node's local/ is written from, at every start
   kits/              what NVFlare's provisioning made: a folder a node, the root's key in state/
   sites/<site>/      each site's own: secret, caches, state, pictures, ledger
   runs/              the server's: a folder a run
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import yaml
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.prov_utils import prepare_builders, prepare_packager
@@ -32,6 +35,7 @@ from poc.kits import prepare_server, prepare_site
 from poc.signed_kits import verify_kit
 
 STATE_FILE = "federation.json"
+PROJECT, SITES = "project.yml", "sites.toml"  # of a federation, in its folder
 PROJECT_FILE, SITES_FILE = Path(__file__).parent / "project.yml", Path(__file__).parent / "sites.toml"
 
 
@@ -139,7 +143,8 @@ def provision(folder: Path, *, project_file: Path = PROJECT_FILE, sites: Sequenc
         ConfigError: a project file that NVFlare refuses.
     """
     folder = folder.resolve()
-    project = _project(project_file, sites)
+    asked = read_project(project_file, sites)
+    project = copy.deepcopy(asked)
     server, ports = _one(project, "server"), _free_ports(2)
     server["fed_learn_port"], server["admin_port"] = ports
     try:
@@ -158,23 +163,43 @@ def provision(folder: Path, *, project_file: Path = PROJECT_FILE, sites: Sequenc
         kits=str(Path(context["current_prod_dir"]).relative_to(folder)),
         ports=(ports[0], ports[1]),
     )
+    write_atomically(folder / PROJECT, yaml.safe_dump(asked, sort_keys=False).encode())
     write_atomically(folder / STATE_FILE, (json.dumps(asdict(members), indent=2) + "\n").encode())
     return Federation(folder=folder, members=members)
 
 
-def prepare_nodes(federation: Federation, site_file: Path = SITES_FILE) -> None:
-    """Write every node's ``local/`` and hold its kit against the root's signature.
+def prepare_nodes(federation: Federation, site_file: Path | None = None) -> None:
+    """Hold every node's kit against the root's signature and write its ``local/``.
 
     Args:
         federation: it must not be running.
-        site_file: tables of the server and of every site. Homes and runs lie in the federation's folder; other relative
-            paths are taken from the file's.
+        site_file: tables of the server and of every site, which the federation keeps. None: those that it has; fedct's
+            own for a new one. Homes and runs lie in the federation's folder; other relative paths are taken from the
+            file's.
 
     Raises:
         ConfigError: no table for a site, or a kit that was changed.
     """
-    tables = read_tables(site_file)
-    known = tables.get("sites", {})
+    own = federation.folder / SITES
+    tables = _tables(federation, site_file or (own if own.is_file() else SITES_FILE))
+    for node in federation.nodes:
+        verify_kit(federation.kit(node))
+    write_atomically(own, tomli_w.dumps(tables).encode())
+    prepare_server(federation.kit(federation.members.server), tables["server"])
+    for site, table in tables["sites"].items():
+        prepare_site(federation.kit(site), site, table)
+
+
+def keeps(federation: Federation, site_file: Path) -> bool:
+    """Whether a federation's nodes were prepared from what a site file says."""
+    own = federation.folder / SITES
+    return own.is_file() and _tables(federation, own) == _tables(federation, site_file)
+
+
+def _tables(federation: Federation, site_file: Path) -> dict[str, Any]:
+    """The tables of the server and of each site in a federation, with paths that hold wherever they stand."""
+    given, sites = read_tables(site_file), {}
+    known = given.get("sites", {})
     for site in federation.members.sites:
         remedy = f"{site_file} has no table for {site!r}; add one"
         require(site in known, argument="sites", value=sorted(known), remedy=remedy)
@@ -182,17 +207,16 @@ def prepare_nodes(federation: Federation, site_file: Path = SITES_FILE) -> None:
         table.pop("kit", None)  # its own
         if "folder" in table.get("data", {}):
             table["data"] = dict(table["data"]) | {"folder": str(site_file.resolve().parent / table["data"]["folder"])}
-        prepare_site(federation.kit(site), site, table)
-    server = dict(tables.get("server", {})) | {"runs": str(federation.runs)}
+        sites[site] = table
+    server = dict(given.get("server", {})) | {"runs": str(federation.runs)}
     server.pop("kit", None)
     if "models" in server:
         server["models"] = str(site_file.resolve().parent / server["models"])
-    prepare_server(federation.kit(federation.members.server), server)
-    for node in federation.nodes:
-        verify_kit(federation.kit(node))
+    return {"server": server, "sites": sites}
 
 
-def _project(file: Path, sites: Sequence[str]) -> dict[str, Any]:
+def read_project(file: Path, sites: Sequence[str] = ()) -> dict[str, Any]:
+    """A project file, with other hospitals if they are given; raises ``ConfigError`` if it cannot be meant."""
     try:
         project = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -203,6 +227,7 @@ def _project(file: Path, sites: Sequence[str]) -> dict[str, Any]:
     roles = {str(one.get("role")) for one in project["participants"] if one.get("type") == "admin"}
     remedy = "NVFlare lets this role do anything, whatever a site says; name a lead"
     require("super" not in roles, argument="role", value="super", remedy=remedy)
+    require("lead" in roles, argument="role", value=sorted(roles), remedy="name a lead: who hands in jobs")
     if sites:
         others = [one for one in project["participants"] if one.get("type") != "client"]
         new = [

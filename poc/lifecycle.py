@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from custom.strict import ConfigError, require
-from poc.federation import Federation, prepare_nodes, provision
+from poc.federation import PROJECT, PROJECT_FILE, Federation, keeps, prepare_nodes, provision, read_project
 from poc.jobs import last_heard, session
 from poc.processes import PACS, running, start_node
 from poc.snapshot import Job, NodeState, Snapshot, alarms, snapshot
@@ -23,12 +23,26 @@ Say = Callable[[str], None]
 
 
 def up(
-    folder: Path, *, project_file: Path, site_file: Path, sites: Sequence[str], timeout_s: float, say: Say
+    folder: Path,
+    *,
+    project_file: Path | None,
+    site_file: Path | None,
+    sites: Sequence[str],
+    timeout_s: float,
+    say: Say,
 ) -> Federation:
     """Provision what is not there, start what is not running, wait until the server knows every site.
 
-    A federation that was provisioned before keeps its certificates as long as its ports are free; its nodes' ``local/``
-    is written anew from the site file.
+    A federation that was provisioned before keeps its certificates as long as its ports are free, its project, and its
+    hospitals' tables unless others are given.
+
+    Args:
+        folder: of the federation.
+        project_file: NVFlare's project file; None: that of the federation, or fedct's own for a new one.
+        site_file: as of :func:`poc.federation.prepare_nodes`.
+        sites: names of hospitals that take the place of the project file's.
+        timeout_s: how long to wait.
+        say: is told what happens.
 
     Raises:
         ConfigError: an input that cannot be meant, a kit that was changed, or a node that is not ready in time.
@@ -43,14 +57,21 @@ def up(
             not there, argument="folder", value=str(folder), remedy="processes without a federation; fedct poc down"
         )
         federation = None
-    if federation is not None and sites:
-        same = tuple(sites) == federation.members.sites
-        remedy = f"this folder has {list(federation.members.sites)}; give another --folder"
-        require(same, argument="sites", value=list(sites), remedy=remedy)
-    if federation is None or (not there and not federation.ports_are_free()):
+    if federation is None:
         say("provisioning")
-        federation = provision(folder, project_file=project_file, sites=sites)
-    if not there:
+        federation = provision(folder, project_file=project_file or PROJECT_FILE, sites=sites)
+    elif project_file is not None or sites:
+        same = read_project(project_file or PROJECT_FILE, sites) == read_project(folder / PROJECT)
+        remedy = f"{folder} has a federation of another project; give another --folder"
+        require(same, argument="project", value=str(project_file or list(sites)), remedy=remedy)
+    if there:
+        remedy = "it is read when nothing runs: fedct poc down, then up"
+        same = site_file is None or keeps(federation, site_file)
+        require(same, argument="site file", value=str(site_file), remedy=remedy)
+    else:
+        if not federation.ports_are_free():
+            say("provisioning for other ports")
+            federation = provision(folder, project_file=folder / PROJECT)
         prepare_nodes(federation, site_file)
     start(federation, timeout_s=timeout_s, say=say)
     return federation
