@@ -25,6 +25,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from custom.atomic import write_atomically
@@ -75,6 +76,24 @@ class RoundRecord:
     seconds: float
     mean: dict[str, float] = field(default_factory=dict)
 
+    def told(self, rounds: int) -> str:
+        """A line for people, of a run of so many rounds."""
+
+        def mean(name: str, said: str) -> list[str]:
+            values = [metrics[name] for metrics in (*self.accepted.values(), self.mean) if name in metrics]
+            return [f"{said} {fmean(values):.4f}"] if values else []
+
+        return ", ".join(
+            [
+                f"round {self.round_number + 1}/{rounds} done in {self.seconds:.0f} s",
+                *mean("train_loss", "train loss"),
+                *mean("held_out_loss", "held-out loss before it"),
+                f"{len(self.accepted)} of {len(self.asked)} sites",
+                *([f"refused {', '.join(self.refused)}"] if self.refused else []),
+                *([f"silent {', '.join(self.silent)}"] if self.silent else []),
+            ]
+        )
+
 
 class RunFolder:
     """The folder of one run.
@@ -103,6 +122,11 @@ class RunFolder:
     def experiment(self) -> ExperimentConfig:
         """The configuration that the run began with."""
         return ExperimentConfig.load(self.path / EXPERIMENT_FILE)
+
+    def job_ids(self) -> list[str]:
+        """NVFlare's ids of the jobs that worked on this run, in order; empty for one that noted none."""
+        file = self.path / JOBS_FILE
+        return file.read_text(encoding="utf-8").split() if file.is_file() else []
 
     def note_job(self, job_id: str) -> None:
         """Write down that a job works on this run."""
@@ -142,11 +166,11 @@ class RunFolder:
                 for name, value in metrics.items():
                     writer.add_scalar(f"{name}/{site}", value, record.round_number)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of ``rounds.jsonl``; of a round that was repeated after a resumption, the last one."""
+    def records(self) -> list[RoundRecord]:
+        """The whole lines of ``rounds.jsonl``; of a round that was repeated after a resumption, the last one."""
         file = self.path / "rounds.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        by_round = {record["round_number"]: record for record in map(json.loads, lines)}
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+        by_round = {record.round_number: record for record in (RoundRecord(**json.loads(line)) for line in lines)}
         return [by_round[number] for number in sorted(by_round)]
 
     def complete(self, metrics: dict[str, Any], *, ended_early: str | None = None) -> None:
@@ -180,9 +204,9 @@ class RunFolder:
                 "product_sha256": file_sha256(product) if status == "completed" else None,
                 "rounds_asked": experiment.federation.rounds,
                 "rounds_done": len(records),
-                "participants": {str(record["round_number"]): sorted(record["accepted"]) for record in records},
-                "refused": {str(record["round_number"]): record["refused"] for record in records if record["refused"]},
-                "silent": {str(record["round_number"]): record["silent"] for record in records if record["silent"]},
+                "participants": {str(record.round_number): sorted(record.accepted) for record in records},
+                "refused": {str(record.round_number): record.refused for record in records if record.refused},
+                "silent": {str(record.round_number): record.silent for record in records if record.silent},
             },
         )
 

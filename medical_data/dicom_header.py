@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from medical_data.errors import (
     TruncatedFile,
     UnreadableFile,
 )
+from medical_data.quiet import muted
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -55,13 +54,8 @@ def refusing(file: Path | None = None) -> Iterator[None]:
 
     pydicom warns and logs about malformed values and quotes them, which may be patient data: both are muted.
     """
-    loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "libjpeg", "openjpeg")]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with muted("pydicom", "pylibjpeg", "libjpeg", "openjpeg"):
             yield
     except SeriesRefused as refusal:
         refusal.file = refusal.file or file
@@ -71,9 +65,6 @@ def refusing(file: Path | None = None) -> Iterator[None]:
         raise UnreadableFile(
             attribute="file", value=type(error).__name__, remedy="copy or export it again", file=file
         ) from None
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def read_dataset(file: Path, *, tags: Sequence[str] | None = None) -> Dataset:

@@ -10,11 +10,9 @@ PullFailed
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -26,6 +24,7 @@ import requests
 from requests.auth import HTTPBasicAuth
 
 from medical_data.errors import MedicalDataError
+from medical_data.quiet import muted
 
 if TYPE_CHECKING:
     from dicomweb_client.web import DICOMwebClient
@@ -249,20 +248,9 @@ def ask(session: Session, call: Callable[[], T]) -> T:
     raise failure  # out here no cause hangs on it, which would quote the address, and with it the query
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Nothing is printed: libraries log and warn with addresses, queries and values."""
-    loggers = [logging.getLogger(name) for name in ("dicomweb_client", "retrying", "urllib3", "requests", "pydicom")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return muted("dicomweb_client", "retrying", "urllib3", "requests", "pydicom")
 
 
 def _is_loopback(host: str) -> bool:

@@ -102,10 +102,10 @@ def _resume(options: argparse.Namespace) -> int:
 
     federation = _federation(options)
     experiment = ExperimentConfig.of_job(options.job)
-    run_id = jobs.unfinished_run(federation, experiment)
-    _say(f"carrying on {experiment.name}/{run_id}")
-    with jobs.session(federation, options.user) as session, jobs.resuming(options.job, run_id) as copy:
-        for job_id in jobs.end_running(session, experiment.name):
+    run = jobs.unfinished_run(federation, experiment)
+    _say(f"carrying on {experiment.name}/{run.run_id}")
+    with jobs.session(federation, options.user) as session, jobs.resuming(options.job, run.run_id) as copy:
+        for job_id in jobs.end_running(session, run):
             _say(f"ended job {job_id}, which had not finished")
         return _followed(federation, session, jobs.submit(session, copy), wait=not options.no_wait)
 

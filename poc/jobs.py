@@ -126,9 +126,9 @@ def follow(federation: Federation, opened: Session, job_id: str, say: Say, *, po
         if folder is not None:
             records = RunFolder(folder).records()
             if rounds is None:  # those of an earlier job on the same run are no news
-                rounds = 0 if _only_job(folder, job_id) else len(records)
+                rounds = 0 if RunFolder(folder).job_ids() == [job_id] else len(records)
             for record in records[rounds:]:
-                say(_told(record, RunFolder(folder).experiment().federation.rounds))
+                say(record.told(RunFolder(folder).experiment().federation.rounds))
             rounds = len(records)
         if status.startswith(FINISHED):
             return Followed(job_id=job_id, status=status, refused=refused, folder=folder)
@@ -144,13 +144,9 @@ def refusals(meta: Mapping[str, Any]) -> dict[str, str]:
 def run_of(federation: Federation, job_id: str) -> Path | None:
     """The run folder in which a job works; None as long as it has none."""
     for file in sorted(federation.runs.glob(f"*/*/{JOBS_FILE}"), reverse=True):
-        if job_id in file.read_text(encoding="utf-8").split():
+        if job_id in RunFolder(file.parent).job_ids():
             return file.parent
     return None
-
-
-def _only_job(folder: Path, job_id: str) -> bool:
-    return (folder / JOBS_FILE).read_text(encoding="utf-8").split() == [job_id]
 
 
 def download(opened: Session, job_id: str, destination: Path) -> Path:
@@ -168,11 +164,11 @@ def download(opened: Session, job_id: str, destination: Path) -> Path:
     return found[0].parent
 
 
-def unfinished_run(federation: Federation, experiment: ExperimentConfig) -> str:
-    """Name of the newest run of an experiment that was not completed; raises ``ConfigError`` if there is none."""
+def unfinished_run(federation: Federation, experiment: ExperimentConfig) -> RunFolder:
+    """The newest run of an experiment that was not completed; raises ``ConfigError`` if there is none."""
     for folder in reversed(run_folders(federation.runs, experiment.name)):
         if not _completed(folder) and RunFolder(folder).last_round() is not None:
-            return folder.name
+            return RunFolder(folder)
     remedy = "every run is complete, or left no checkpoint; submit the job"
     raise ConfigError(f"job = {experiment.name!r}: nothing to resume: {remedy}")
 
@@ -198,8 +194,8 @@ def resuming(job: Path, run_id: str) -> Iterator[Path]:
         yield copy
 
 
-def end_running(opened: Session, experiment: str, *, timeout_s: float = 90.0) -> list[str]:
-    """End the jobs of an experiment that are running: two jobs on one run would ask the sites for the same rounds.
+def end_running(opened: Session, run: RunFolder, *, timeout_s: float = 90.0) -> list[str]:
+    """End the jobs that still work on a run: two on one run would ask the sites for the same rounds.
 
     Returns:
         Their ids.
@@ -210,8 +206,8 @@ def end_running(opened: Session, experiment: str, *, timeout_s: float = 90.0) ->
     ended: list[str] = []
     deadline = time.monotonic() + timeout_s
     while True:
-        listed = [job for job in opened.list_jobs() if job.get("job_name", job.get("name")) == experiment]
-        running = [str(job["job_id"]) for job in listed if not str(job["status"]).startswith(FINISHED)]
+        listed = {str(job["job_id"]): str(job["status"]) for job in opened.list_jobs()}
+        running = [job_id for job_id in run.job_ids() if not listed.get(job_id, FINISHED).startswith(FINISHED)]
         if not running:
             return ended
         late = time.monotonic() > deadline
@@ -220,16 +216,3 @@ def end_running(opened: Session, experiment: str, *, timeout_s: float = 90.0) ->
             opened.abort_job(job_id)
             ended.append(job_id)
         time.sleep(1)
-
-
-def _told(record: Mapping[str, Any], rounds: int) -> str:
-    losses = [values["train_loss"] for values in record["accepted"].values() if "train_loss" in values]
-    return ", ".join(
-        [
-            f"round {record['round_number'] + 1}/{rounds} done in {record['seconds']:.0f} s",
-            *([f"train loss {sum(losses) / len(losses):.4f}"] if losses else []),
-            f"{len(record['accepted'])} of {len(record['asked'])} sites",
-            *([f"refused {', '.join(record['refused'])}"] if record["refused"] else []),
-            *([f"silent {', '.join(record['silent'])}"] if record["silent"] else []),
-        ]
-    )

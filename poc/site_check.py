@@ -33,7 +33,6 @@ from medical_data.cohort import EmbeddedSource
 from poc.kits import LOG_STREAMING, PRIVACY, SITE_AUTHORIZATION, site_resources
 from poc.signed_kits import verify_kit
 
-TESTED_NVFLARE = "2.9.0"
 LEAST_DAYS = 14
 LEAST_FREE_BYTES = 5 * 2**30
 CONNECT_S = 10.0
@@ -287,9 +286,15 @@ def _home(kit: Path, site: SiteConfig) -> str:
     return f"{site.home}, {free / 2**30:.0f} GiB free{'' if place == site.home else '; it will be made'}"
 
 
+def pinned_nvflare() -> str:
+    """The version that fedct asks for."""
+    (pin,) = (one for one in metadata.requires("fedct") or () if one.startswith("nvflare=="))
+    return pin.removeprefix("nvflare==")
+
+
 def _nvflare() -> str:
-    found = metadata.version("nvflare")
-    require(found == TESTED_NVFLARE, argument="nvflare", value=found, remedy=f"install {TESTED_NVFLARE}")
+    found, asked = metadata.version("nvflare"), pinned_nvflare()
+    require(found == asked, argument="nvflare", value=found, remedy=f"install {asked}, for which this fedct was made")
     secure = os.environ.get("NVFLARE_SECURE_LOGGING", "").lower() in ("1", "true")
     return f"{found}; NVFLARE_SECURE_LOGGING is {'set' if secure else 'not set here: the unit file sets it'}"
 

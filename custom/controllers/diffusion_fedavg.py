@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,7 +180,7 @@ class DiffusionFedAvg(FedAvg):
             )
             folder.record(record)  # before the checkpoint: a crash between them repeats the round and its record
             folder.save_round(model)
-            self.info(_summary(record, experiment))
+            self.info(record.told(experiment.federation.rounds))
             every = experiment.sampling.grid_every
             if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:
                 images = self._sample(experiment, model, experiment.sampling.grid_images)
@@ -290,7 +290,7 @@ class DiffusionFedAvg(FedAvg):
             tasks.UNTRAINED_SAMPLES: grey_levels(untrained),
         }
         header = _header(experiment, folder, experiment.federation.rounds)
-        sites = sorted(folder.records()[-1]["accepted"])  # who was silent in the last round would cost a timeout again
+        sites = sorted(folder.records()[-1].accepted)  # who was silent in the last round would cost a timeout again
         self.info(f"evaluation: asking {', '.join(sites)}")
         mean, by_site = self._evaluated(arrays, header, sites, experiment)
         said = ", ".join(f"{name} {value:.4f}" for name, value in mean.items() if name != "seconds")
@@ -422,19 +422,3 @@ def _grid(images: NDArray[np.float32], file: Path, experiment: ExperimentConfig,
 
 def _after(rounds: int) -> str:
     return f"samples after {rounds} round{'s' if rounds > 1 else ''}"
-
-
-def _summary(record: RoundRecord, experiment: ExperimentConfig) -> str:
-    def mean(name: str, said: str) -> list[str]:
-        values = [metrics[name] for metrics in (*record.accepted.values(), record.mean) if name in metrics]
-        return [f"{said} {np.mean(values):.4f}"] if values else []
-
-    parts: Iterable[str] = (
-        f"round {record.round_number + 1}/{experiment.federation.rounds} done in {record.seconds:.0f} s",
-        *mean("train_loss", "train loss"),
-        *mean("held_out_loss", "held-out loss before it"),
-        f"{len(record.accepted)} of {len(record.asked)} sites",
-        *([f"refused {', '.join(record.refused)}"] if record.refused else []),
-        *([f"silent {', '.join(record.silent)}"] if record.silent else []),
-    )
-    return ", ".join(parts)

@@ -105,7 +105,7 @@ def seconds(runs: Path, experiment: str) -> list[float]:
     """Of each round of a completed run."""
     folder = newest_run(runs, experiment)
     check_receipt(folder)
-    return [round(float(record["seconds"]), 1) for record in RunFolder(folder).records()]
+    return [round(record.seconds, 1) for record in RunFolder(folder).records()]
 
 
 if __name__ == "__main__":

@@ -131,7 +131,10 @@ def test_a_repeated_round_counts_once(tmp_path: Path, experiment: ExperimentConf
     folder = RunFolder.create(tmp_path, experiment)
     for number in (0, 1, 1):
         folder.record(record(number))
-    assert [entry["round_number"] for entry in folder.records()] == [0, 1]
+    assert [entry.round_number for entry in folder.records()] == [0, 1]
+    with (folder.path / "rounds.jsonl").open("a") as stream:
+        stream.write('{"round_number": 2, "asked"')  # as somebody may read it while it is written
+    assert [entry.round_number for entry in folder.records()] == [0, 1]
 
 
 def test_tensorboard_reads_the_metrics(completed: RunFolder) -> None:

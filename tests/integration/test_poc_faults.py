@@ -67,7 +67,7 @@ def note(fault: str, what: str, folder: Path, **figures: float) -> None:
     """Write down what a fault cost."""
     where = os.environ.get("FEDCT_FAULTS")
     if where:
-        seconds = [round(record["seconds"], 1) for record in RunFolder(folder).records()]
+        seconds = [round(record.seconds, 1) for record in RunFolder(folder).records()]
         line = {"fault": fault, "what": what, "seconds_by_round": seconds, **figures}
         with (Path(where) / "faults.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -150,9 +150,9 @@ def test_the_server_is_killed(up: Running, long: ExperimentConfig, tmp_path: Pat
     up.wait(lambda: not _gone(up) and _ready(up), timeout=120, what="server and sites")
     back = time.monotonic() - killed
     with jobs.session(up.federation) as session:
-        assert jobs.end_running(session, "server") == []
+        assert jobs.end_running(session, RunFolder(run)) == []
         assert session.get_job_status(job) == "FINISHED:ABANDONED"
-    with jobs.resuming(folder, jobs.unfinished_run(up.federation, experiment)) as copy:
+    with jobs.resuming(folder, jobs.unfinished_run(up.federation, experiment).run_id) as copy:
         end = up.end(up.submit(copy))
     assert end.folder == run
     receipt = whole(run, 4)
@@ -161,6 +161,24 @@ def test_the_server_is_killed(up: Running, long: ExperimentConfig, tmp_path: Pat
         assert charges(up, site, "server") == releases(4)
     what = "resumed with fedct poc resume; the ledger charged each round once"
     note("the server killed", what, run, rounds_before=done, lost=1, seconds_until_back=round(back, 1))
+
+
+def test_a_run_on_which_a_job_still_works_is_taken_over(up: Running, long: ExperimentConfig, tmp_path: Path) -> None:
+    """Resuming ends that job first, whatever the job folder is called; no round is charged twice."""
+    experiment = replace(long, name="taken")
+    folder = write_job(tmp_path, experiment, SITES)
+    job = up.submit(folder)
+    up.round_done("taken", 1)
+    run = jobs.unfinished_run(up.federation, experiment)
+    with jobs.session(up.federation) as session:
+        assert jobs.end_running(session, run) == [job]
+        assert session.get_job_status(job) == "FINISHED:ABORTED"
+    with jobs.resuming(folder, run.run_id) as copy:
+        end = up.end(up.submit(copy))
+    assert end.folder == run.path
+    whole(run.path, 4)
+    for site in SITES:
+        assert charges(up, site, "taken") == releases(4)
 
 
 def _gone(up: Running) -> set[str]:
@@ -236,7 +254,7 @@ def test_the_network_is_cut_for_half_a_minute(
         end = up.end(job)
         assert end.folder is not None
         whole(end.folder, 4)
-        assert max(record["seconds"] for record in RunFolder(end.folder).records()) > 25, "nothing was cut"
+        assert max(record.seconds for record in RunFolder(end.folder).records()) > 25, "nothing was cut"
         for site in SITES:
             assert charges(up, site, "network") == releases(4)
         note("network of one site cut for 30 s", "the round waits for it", end.folder, lost=0)

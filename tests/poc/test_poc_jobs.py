@@ -174,11 +174,11 @@ def test_the_newest_run_that_left_a_checkpoint_and_no_receipt_is_carried_on(
     newest = begun(3)
     begun(4, checkpoint=False)
     complete(begun(5), model)
-    assert unfinished_run(federation, experiment) == newest.run_id
+    assert unfinished_run(federation, experiment).run_id == newest.run_id
     newest.fail("RoundVoid: too few")
-    assert unfinished_run(federation, experiment) == newest.run_id
+    assert unfinished_run(federation, experiment).run_id == newest.run_id
     complete(newest, model)
-    assert unfinished_run(federation, experiment) == "20260102-000000-0000"
+    assert unfinished_run(federation, experiment).run_id == "20260102-000000-0000"
     with pytest.raises(ConfigError, match="job = 'other'"):
         unfinished_run(federation, replace(experiment, name="other"))
 
@@ -479,19 +479,32 @@ LISTING = [
 ]
 
 
-def test_the_running_jobs_of_the_experiment_end_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def worked_on(federation: Federation, experiment: ExperimentConfig, *job_ids: str) -> RunFolder:
+    folder = run(federation.runs, experiment)
+    for job_id in job_ids:
+        folder.note_job(job_id)
+    return folder
+
+
+def test_the_jobs_that_work_on_the_run_end_and_no_others(
+    federation: Federation, experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their ids: what a job folder is called says nothing of the run. One that the server forgot is over."""
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
     opened: Any = Listed(LISTING)
-    assert sorted(end_running(opened, "small")) == ["a", "d"]
+    folder = worked_on(federation, experiment, "forgotten", "b", "a", "d")
+    assert sorted(end_running(opened, folder)) == ["a", "d"]
     assert sorted(opened.aborted) == ["a", "d"]
-    assert end_running(opened, "third") == []
+    assert end_running(opened, folder) == []
 
 
-def test_a_job_that_does_not_end_is_named_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_does_not_end_is_named_and_asked_once(
+    federation: Federation, experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
     opened: Any = Listed(LISTING[:1], ends=False)
     with pytest.raises(ConfigError, match=r"jobs = \['a'\]: they do not end"):
-        end_running(opened, "small", timeout_s=0.05)
+        end_running(opened, worked_on(federation, experiment, "a"), timeout_s=0.05)
     assert opened.aborted == ["a"]
 
 

@@ -183,7 +183,7 @@ def test_a_disk_that_is_nearly_full(kit: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_another_nvflare(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site_check, "TESTED_NVFLARE", "2.8.0")
+    monkeypatch.setattr(site_check, "pinned_nvflare", lambda: "2.8.0")
     assert failed(kit) == {"NVFlare"}
 
 
