@@ -6,8 +6,6 @@ import base64
 import io
 import math
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import OUTSIDE
 from PIL import Image
 from test_snapshot import (
     RELEASE,
@@ -347,19 +346,6 @@ def test_it_is_a_function_of_the_snapshot(tmp_path: Path, experiment: Experiment
 # ---- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on this machine (Debian's package is called chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
-
-
 # Of every text, the ratio of its luminance to that of the page (WCAG 2.2, 1.4.3).
 CONTRASTS = """() => {
   const light = (colour) => {
@@ -374,13 +360,6 @@ CONTRASTS = """() => {
     return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
   });
 }"""
-OUTSIDE = """() => [...document.querySelectorAll('svg')].flatMap((svg) => {
-  const { width, height } = svg.viewBox.baseVal;
-  return [...svg.querySelectorAll('text')].filter((text) => {
-    const box = text.getBBox();
-    return box.x < 0 || box.y < 0 || box.x + box.width > width || box.y + box.height > height;
-  }).map((text) => text.textContent);
-})"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -203,19 +202,6 @@ def test_patients_are_shown_in_the_sites_own_copy_only(tmp_path: Path) -> None:
     own = written(EXAMPLES["RED"], tmp_path, pairs())
     assert own.count("data:image/png") == 2
     assert WARNING in own
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on this machine (Debian's package is called chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 def opened(browser: Any, file: Path, width: int, **options: Any) -> tuple[Any, list[str]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 from evidence_example import attack, claimed, clean, interval
+from pages import OUTSIDE
 
 from privacy.audit.decision import DecisionRule
 from privacy.audit.evidence import CohortIdentity, Evidence, Roc
@@ -46,18 +45,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(report: Path) -> Iterator[Any]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on this machine (Debian's package is called chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page()
-        opened.goto(report.as_uri())
-        yield opened
-        browser.close()
+def page(report: Path, browser: Any) -> Any:
+    opened = browser.new_page()
+    opened.goto(report.as_uri())
+    return opened
 
 
 # Words of tables that stand on more than one line.
@@ -75,13 +66,6 @@ BROKEN_WORDS = """() => {
   }
   return broken;
 }"""
-OUTSIDE = """() => [...document.querySelectorAll('svg')].flatMap((svg) => {
-  const { width, height } = svg.viewBox.baseVal;
-  return [...svg.querySelectorAll('text')].filter((text) => {
-    const box = text.getBBox();
-    return box.x < 0 || box.y < 0 || box.x + box.width > width || box.y + box.height > height;
-  }).map((text) => text.textContent);
-})"""
 
 
 @pytest.mark.parametrize("width", A4_WIDTHS)
