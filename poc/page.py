@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
 
 from custom.run_folder import RoundRecord
 from custom.strict import require
+from poc.page_charts import epsilon_chart, loss_chart, said_by_sites
+from poc.page_words import (
+    budget_said,
+    capitalised,
+    count_said,
+    delta_said,
+    epsilon_said,
+    memory_said,
+    span_said,
+    time_said,
+)
 from poc.snapshot import (
     Alarm,
     NodeState,
@@ -31,7 +39,6 @@ from poc.snapshot import (
     newest_runs,
 )
 from privacy.audit.report.blocks import Block, Details, Facts, Paragraph, Table
-from privacy.audit.report.charts import WIDTH, Area, Chart, Dash, Label, Mark, Place, Stroke, Tone
 from privacy.audit.report.html import ICONS as VERDICT_ICONS
 from privacy.audit.report.html import STYLE, block_html, text_html
 from privacy.ledger import Account
@@ -41,7 +48,6 @@ SHOWN_GRIDS = 4
 SHOWN_ROUNDS = 20
 PICTURE_WIDTH = 560  # pixels
 MOST_PIXELS = 16_000_000  # of a picture that is opened
-MOST_CURVES = 6
 
 # Shapes differ, so that nobody needs the colour.
 ICONS: Mapping[NodeStatus, str] = {"ready": "●", "starting": "◌", "gone": "▲", "stopped": "■"}
@@ -58,16 +64,6 @@ FIGURES = {
     "effnet_kid_baseline": "the same of real training patients",
     "effnet_kid_untrained": "the same of an untrained network",
 }
-_CURVES: tuple[tuple[Tone, Dash], ...] = (
-    ("first", None),
-    ("second", (7, 3)),
-    ("third", (2, 2.5)),
-    ("first", (12, 3)),
-    ("second", (1, 3)),
-    ("third", (16, 2)),
-)
-_LEFT, _RIGHT, _ROW = 44.0, 14.0, 17.0
-
 MORE_STYLE = """
 .state { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1.2rem; }
 .state p { margin: .1rem 0; }
@@ -82,17 +78,6 @@ progress { width: 100%; height: .8rem; accent-color: var(--first); }
 @media print { .charts, .grids { grid-template-columns: 1fr 1fr; } .alarm { break-inside: avoid; }
   progress { print-color-adjust: exact; } }
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Curve:
-    """Values by number of rounds."""
-
-    title: str
-    points: tuple[tuple[float, float], ...]
-    tone: Tone
-    dash: Dash = None
-    width: float = 2.0
 
 
 def page(snapshot: Snapshot, *, refresh_s: int | None = None) -> str:
@@ -136,7 +121,7 @@ def page(snapshot: Snapshot, *, refresh_s: int | None = None) -> str:
 <body>
 <header>
 <h1>{text_html(title)}</h1>
-<p class="quiet">Written {_time(snapshot.written_at)}. A server and {_count(len(snapshot.sites), "site")} \
+<p class="quiet">Written {time_said(snapshot.written_at)}. A server and {count_said(len(snapshot.sites), "site")} \
 on one machine.</p>
 {_headline(snapshot, found)}
 {_alarms(found)}{block_html(_summary(snapshot))}
@@ -167,12 +152,14 @@ def _headline(snapshot: Snapshot, found: tuple[Alarm, ...]) -> str:
     tone = "RED" if serious else "AMBER" if found else "INVALID" if snapshot.server.status == "stopped" else "GREEN"
     icon = "■" if tone == "INVALID" else VERDICT_ICONS[tone]
     if serious:
-        said = f"{_count(serious, 'thing')} {'is' if serious == 1 else 'are'} wrong."
+        said = f"{count_said(serious, 'thing')} {'is' if serious == 1 else 'are'} wrong."
     elif found:
-        said = f"Nothing has failed; {_count(len(found), 'thing')} {'is' if len(found) == 1 else 'are'} worth a look."
+        said = (
+            f"Nothing has failed; {count_said(len(found), 'thing')} {'is' if len(found) == 1 else 'are'} worth a look."
+        )
     else:
         said = "Nothing is wrong as far as this page can see."
-    ready = f"{statuses.count('ready')} of {_count(len(statuses), 'node')} ready."
+    ready = f"{statuses.count('ready')} of {count_said(len(statuses), 'node')} ready."
     bar = (
         ""
         if going is None or going.is_audit
@@ -197,15 +184,15 @@ def _progress_said(snapshot: Snapshot, run: RunView) -> str:
     """Rounds done, and how long the others will take if they are like those before."""
     asked, done = run.rounds_asked, run.rounds_done
     if asked is None:
-        return f"{_count(done, 'round')} done; how many were asked for is not known."
-    said = f"{done} of {_count(asked, 'round')} done"
+        return f"{count_said(done, 'round')} done; how many were asked for is not known."
+    said = f"{done} of {count_said(asked, 'round')} done"
     if snapshot.standing(run) == "going on":
-        quiet = f"last sign of life {_span(snapshot.quiet(run).total_seconds())} ago"
+        quiet = f"last sign of life {span_said(snapshot.quiet(run).total_seconds())} ago"
         if done >= asked:
             return f"{said}; now samples are drawn and the sites evaluate them; {quiet}."
         if run.rounds:
             left = (asked - done) * median(record.seconds for record in run.rounds)
-            return f"{said}; about {_span(left)} left for the others, then the evaluation; {quiet}."
+            return f"{said}; about {span_said(left)} left for the others, then the evaluation; {quiet}."
         return f"{said}; {quiet}."
     return f"{said}."
 
@@ -249,8 +236,8 @@ def _spent_said(snapshot: Snapshot) -> str:
     if accounts:
         most = max(accounts, key=lambda site: accounts[site].spent)
         account = accounts[most]
-        at = f"δ = {_delta(account.budget.delta)}"
-        parts.append(f"at most {_of_budget(account)} at {at} ({most})")
+        at = f"δ = {delta_said(account.budget.delta)}"
+        parts.append(f"at most {budget_said(account)} at {at} ({most})")
     unknown = [site.name for site in snapshot.sites if site.ledger.trouble]
     if unknown:
         parts.append(f"not known of {', '.join(unknown)}")
@@ -291,7 +278,7 @@ def _sites(snapshot: Snapshot) -> str:
 
 def _node_row(node: NodeState, part: str) -> tuple[str, ...]:
     pid = "none" if node.status in ("gone", "stopped") else "not known"
-    memory = "not known" if node.memory_bytes is None else _memory(node.memory_bytes)
+    memory = "not known" if node.memory_bytes is None else memory_said(node.memory_bytes)
     return (
         node.name,
         _node_said(node),
@@ -313,7 +300,7 @@ def _part_said(site: SiteState, snapshot: Snapshot) -> str:
     if not run.rounds:
         return "no round is done yet"
     said = f"accepted in {sum(site.name in record.accepted for record in run.rounds)} of "
-    said += _count(len(run.rounds), "round")
+    said += count_said(len(run.rounds), "round")
     for what in ("refused", "silent"):
         count = sum(site.name in getattr(record, what) for record in run.rounds)
         said += f", {what} in {count}" if count else ""
@@ -325,13 +312,13 @@ def _run(snapshot: Snapshot, run: RunView, prefix: str) -> str:
     rows = [
         ("State", STANDINGS[snapshot.standing(run)] + (f": {run.reason}" if run.reason else "")),
         ("Progress", _progress_said(snapshot, run)),
-        ("Began", f"{_time(run.started)}, last written {_time(run.last_change)}"),
+        ("Began", f"{time_said(run.started)}, last written {time_said(run.last_change)}"),
         ("What protects it", _protection_said(run)),
     ]
     if run.outcome == "completed":
         rows.append(("Receipt", "holds: the model is the one that it vouches for"))
         rows.append(("Finished model", _figures_said(run)))
-    held_out, training = _loss_chart(run, prefix, "held_out_loss"), _loss_chart(run, prefix, "train_loss")
+    held_out, training = loss_chart(run, prefix, "held_out_loss"), loss_chart(run, prefix, "train_loss")
     charts = "".join(block_html(chart) for chart in (held_out, training) if chart is not None)
     parts = [block_html(Facts(rows=tuple(rows)))]
     if charts:
@@ -350,9 +337,9 @@ def _protection_said(run: RunView) -> str:
     if config.privacy is not None:
         privacy = config.privacy
         target = (
-            f"ε ≤ {privacy.target_epsilon:g} at δ = {_delta(privacy.delta)} planned for the whole run"
+            f"ε ≤ {privacy.target_epsilon:g} at δ = {delta_said(privacy.delta)} planned for the whole run"
             if privacy.target_epsilon is not None
-            else f"noise multiplier {privacy.noise_multiplier:g} at δ = {_delta(privacy.delta)}"
+            else f"noise multiplier {privacy.noise_multiplier:g} at δ = {delta_said(privacy.delta)}"
         )
         parts.append(f"differential privacy for patients, {target}")
     if config.secure_aggregation is not None:
@@ -375,152 +362,13 @@ def _losses_said(run: RunView) -> str:
     """Which losses are not there, and why."""
     if not run.rounds:
         return "Losses are not known yet: no round is done."
-    if any("train_loss" in said or "held_out_loss" in said for said in _said_by_sites(run)):
+    if any("train_loss" in said or "held_out_loss" in said for said in said_by_sites(run)):
         return "The loss is the mean squared error of what the network predicts, without a unit; lower is better."
     if any("train_loss" in record.mean or "held_out_loss" in record.mean for record in run.rounds):
         return "Only the mean over the sites is known: each site's own loss is withheld by secure aggregation."
     if run.config is not None and run.config.privacy is not None:
         return "Losses are withheld: under differential privacy nothing leaves a site but its noisy update."
     return "Losses are withheld: the sites let none leave."
-
-
-def _said_by_sites(run: RunView) -> Iterator[Mapping[str, float]]:
-    for record in run.rounds:
-        yield from record.accepted.values()
-
-
-def _loss_chart(run: RunView, prefix: str, metric: str) -> Chart | None:
-    """A loss by rounds, a curve per site and their mean; None if nobody gave it.
-
-    The held-out loss of a round is that of the model that came in, so it stands at the rounds done before; the last
-    point is that of the finished model.
-    """
-    held_out = metric == "held_out_loss"
-    shift = 0 if held_out else 1
-    by_site: dict[str, list[tuple[float, float]]] = {}
-    mean: list[tuple[float, float]] = []
-    for record in run.rounds:
-        x = record.round_number + shift
-        values = {site: said[metric] for site, said in record.accepted.items() if said.get(metric, 0) > 0}
-        for site, value in values.items():
-            by_site.setdefault(site, []).append((x, value))
-        value = record.mean.get(metric, fmean(values.values()) if values else 0.0)
-        if value > 0:
-            mean.append((x, value))
-    if held_out and run.rounds and run.figures.get(metric, 0) > 0:
-        mean.append((run.rounds_done, run.figures[metric]))
-    if not mean:
-        return None
-    curves = [
-        _Curve(title=site, points=tuple(by_site[site]), tone=tone, dash=dash)
-        for site, (tone, dash) in zip(sorted(by_site), _CURVES, strict=False)
-        if len(by_site) <= MOST_CURVES
-    ]
-    curves.append(_Curve(title="mean over sites", points=tuple(mean), tone="ink", dash=(1, 2), width=1.2))
-    band = list(by_site.values()) if len(by_site) > MOST_CURVES else []
-    title = "Held-out loss of the model after so many rounds" if held_out else "Training loss, mean over each round"
-    last = run.rounds_asked or run.rounds_done
-    return _chart(
-        f"{prefix}-{metric.replace('_', '-')}", title, curves, band, first=shift, last=max(last, run.rounds_done)
-    )
-
-
-def _chart(
-    name: str,
-    title: str,
-    curves: list[_Curve],
-    band: list[list[tuple[float, float]]],
-    *,
-    first: int,
-    last: int,
-) -> Chart:
-    """Curves over whole rounds, the loss on a logarithmic axis; a band from lowest to highest of many sites."""
-    values = [value for curve in curves for _, value in curve.points] + [value for line in band for _, value in line]
-    low, high, ticks = _log_range(min(values), max(values))
-    top, bottom = 14.0, 214.0
-    last = max(last, first + 1)
-
-    def place(x: float, value: float) -> Place:
-        up = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
-        return _LEFT + (x - first) / (last - first) * (WIDTH - _LEFT - _RIGHT), bottom + up * (top - bottom)
-
-    marks: list[Mark] = []
-    for tick in ticks:
-        marks.append(Stroke(places=(place(first, tick), place(last, tick)), tone="grid"))
-        marks.append(Label(place=(_LEFT - 6, place(first, tick)[1] + 4), text=f"{tick:g}", anchor="end"))
-    step = max(1, _round_up((last - first) / 8))
-    for tick in range(first, last + 1, step):
-        marks.append(Stroke(places=((place(tick, low)[0], bottom), (place(tick, low)[0], bottom + 4)), tone="ink"))
-        marks.append(Label(place=(place(tick, low)[0], bottom + 17), text=str(tick), anchor="middle"))
-    marks.append(Stroke(places=(place(first, low), place(last, low)), tone="ink"))
-    what = "rounds done" if first == 0 else "round"
-    marks.append(Label(place=((_LEFT + WIDTH - _RIGHT) / 2, bottom + 33), text=what, anchor="middle"))
-    if band:
-        marks.append(Area(places=_outline(band, place), tone="first", faint=True))
-    for curve in curves:
-        marks.append(
-            Stroke(
-                places=tuple(place(*point) for point in curve.points),
-                tone=curve.tone,
-                width=curve.width,
-                dash=curve.dash,
-            )
-        )
-        if len(curve.points) <= 24 and curve.tone != "ink":
-            marks.extend(Area(places=_dot(*place(*point)), tone=curve.tone) for point in curve.points)
-        if len(curve.points) == 1 and curve.tone == "ink":
-            marks.append(Area(places=_dot(*place(*curve.points[0])), tone="ink"))
-    entries = [(curve.title, curve.tone, curve.dash) for curve in curves]
-    if band:
-        entries.append((f"from the lowest to the highest of {len(band)} sites", "first", None))
-    marks += _legend(entries, bottom + 54)
-    found = "; ".join(f"{curve.title}: {curve.points[-1][1]:.4f} at {curve.points[-1][0]:g}" for curve in curves)
-    return Chart(
-        name=name,
-        title=f"{title} (logarithmic)",
-        description=f"{title}. Last values: {found}. The table of rounds has the figures.",
-        height=bottom + 54 + _ROW * len(entries),
-        marks=tuple(marks),
-    )
-
-
-def _log_range(least: float, most: float) -> tuple[float, float, list[float]]:
-    """Ends of a logarithmic axis and its ticks 1, 2, 5, 10, …; of ends that are close, whatever is round between."""
-    steps = [
-        s * 10.0**e
-        for e in range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 2)
-        for s in (1, 2, 5)
-    ]
-    low = max((step for step in steps if step <= least), default=least)
-    high = min((step for step in steps if step >= most), default=most)
-    if low == high:
-        low, high = low / 2, high * 2
-    return low, high, [step for step in steps if low <= step <= high]
-
-
-def _round_up(least: float) -> int:
-    """The first of 1, 2, 5, 10, … that is at least so much."""
-    return next(round(step * 10.0**e) for e in range(12) for step in (1, 2, 5) if step * 10.0**e >= least)
-
-
-def _outline(lines: list[list[tuple[float, float]]], place: Callable[[float, float], Place]) -> tuple[Place, ...]:
-    values: dict[float, list[float]] = {}
-    for x, value in (point for line in lines for point in line):
-        values.setdefault(x, []).append(value)
-    lower = [place(x, min(values[x])) for x in sorted(values)]
-    upper = [place(x, max(values[x])) for x in sorted(values, reverse=True)]
-    return (*lower, *upper)
-
-
-def _dot(x: float, y: float) -> tuple[Place, ...]:
-    return ((x - 3, y), (x, y - 3), (x + 3, y), (x, y + 3))
-
-
-def _legend(entries: list[tuple[str, Tone, Dash]], top: float) -> Iterator[Mark]:
-    for index, (text, tone, dash) in enumerate(entries):
-        y = top + _ROW * index
-        yield Stroke(places=((14, y), (48, y)), tone=tone, width=2, dash=dash)
-        yield Label(place=(55, y + 4), text=text if len(text) <= 50 else f"{text[:49]}…")
 
 
 def _grids(run: RunView) -> str:
@@ -535,13 +383,13 @@ def _grids(run: RunView) -> str:
         figures.append(_figure(run.mean_image, "noisy mean image, released by the sites before training"))
     left = len(run.grids) - len(grids)
     said = "Drawn by the model on the server: nobody's scans."
-    said += f" {_count(left, 'older grid')} in the run's folder." if left else ""
+    said += f" {count_said(left, 'older grid')} in the run's folder." if left else ""
     return f'<div class="grids">{"".join(figures)}</div>\n{block_html(Paragraph(said))}'
 
 
 def _grid_said(grid: SampleGrid, run: RunView) -> str:
     final = ", final" if run.outcome == "completed" and grid == run.grids[-1] else ""
-    return f"after {_count(grid.rounds_done, 'round')}{final}"
+    return f"after {count_said(grid.rounds_done, 'round')}{final}"
 
 
 def _figure(file: Path, said: str) -> str:
@@ -549,7 +397,7 @@ def _figure(file: Path, said: str) -> str:
     if uri is None:
         unread = f"{said}: {file.name} cannot be read as a picture"
         return f"<figure><figcaption>{text_html(unread)}</figcaption></figure>"
-    caption = text_html(_capital(said))
+    caption = text_html(capitalised(said))
     return f'<figure><img alt="{text_html(said)}" src="{uri}"><figcaption>{caption}</figcaption></figure>'
 
 
@@ -576,7 +424,7 @@ def _rounds(run: RunView) -> Block:
     rows = [_round_row(record) for record in reversed(run.rounds[-SHOWN_ROUNDS:])]
     older = len(run.rounds) - len(rows)
     caption = "Newest first; losses are means over the sites, held-out before the round."
-    caption += f" {_count(older, 'older round')} in the run's folder." if older else ""
+    caption += f" {count_said(older, 'older round')} in the run's folder." if older else ""
     table = Table(
         caption=caption,
         columns=("Round", "Accepted", "Left out", "Train loss", "Held-out loss", "Time"),
@@ -595,7 +443,7 @@ def _round_row(record: RoundRecord) -> tuple[str, ...]:
         "; ".join(left) or "nobody",
         _mean_said(record, "train_loss"),
         _mean_said(record, "held_out_loss"),
-        _span(record.seconds),
+        span_said(record.seconds),
     )
 
 
@@ -630,7 +478,7 @@ def _privacy(snapshot: Snapshot) -> str:
         widths=(14, 12, 16, 18, 12, 28),
     )
     parts = []
-    chart = _epsilon_chart(snapshot)
+    chart = epsilon_chart(snapshot)
     if chart is not None:
         parts.append(block_html(chart))
     parts.append(block_html(table))
@@ -647,72 +495,17 @@ def _privacy(snapshot: Snapshot) -> str:
 
 def _account_row(account: Account) -> tuple[str, str, str]:
     budget = account.budget
-    return _epsilon(account.spent), _epsilon(account.committed), f"{budget.epsilon:g} at δ = {_delta(budget.delta)}"
-
-
-def _epsilon_chart(snapshot: Snapshot) -> Chart | None:
-    """A bar per site against its budget; None if no site has an account."""
-    accounts = {site.name: site.ledger.statement.total for site in snapshot.sites if site.ledger.statement is not None}
-    if not accounts:
-        return None
-    most = max(account.budget.epsilon for account in accounts.values())
-    row, top = 38.0, 6.0
-
-    def across(epsilon: float) -> float:
-        return 14 + min(epsilon, most) / most * (WIDTH - 28)
-
-    marks: list[Mark] = []
-    for index, site in enumerate(snapshot.sites):
-        y = top + row * index
-        account = accounts.get(site.name)
-        if account is None:
-            said = "not known, see above" if site.ledger.trouble else "nothing spent"
-            marks.append(
-                Label(
-                    place=(14, y + 11),
-                    text=f"{_short(site.name)}: {said}",
-                    tone="bad" if site.ledger.trouble else "ink",
-                )
-            )
-            continue
-        marks.append(Label(place=(14, y + 11), text=f"{_short(site.name)}: {_of_budget(account)}"))
-        end, budget = across(account.spent), across(account.budget.epsilon)
-        marks.append(Area(places=_bar(14, across(account.committed), y), tone="first", faint=True))
-        tone: Tone = "first" if account.spent <= account.budget.epsilon else "bad"
-        marks.append(Area(places=_bar(14, end, y), tone=tone))
-        marks.append(Stroke(places=(*_bar(14, budget, y), (14, y + 16)), tone="quiet"))
-        marks.append(Stroke(places=((budget, y + 13), (budget, y + 31)), tone="limit", width=2.5))
-    bottom = top + row * len(snapshot.sites) + 8
-    marks += [
-        Area(places=((14, bottom - 5), (48, bottom - 5), (48, bottom + 5), (14, bottom + 5)), tone="first"),
-        Label(place=(55, bottom + 4), text="spent"),
-        Area(
-            places=((110, bottom - 5), (144, bottom - 5), (144, bottom + 5), (110, bottom + 5)),
-            tone="first",
-            faint=True,
-        ),
-        Label(place=(151, bottom + 4), text="set aside by open runs"),
-        Stroke(places=((300, bottom - 7), (300, bottom + 7)), tone="limit", width=2.5),
-        Label(place=(308, bottom + 4), text="budget"),
-    ]
-    found = "; ".join(f"{site}: {_of_budget(account)}" for site, account in accounts.items())
-    return Chart(
-        name="chart-epsilon",
-        title="ε spent by each site against its budget",
-        description=f"A bar per site. {found}. The table has the figures.",
-        height=bottom + 14,
-        marks=tuple(marks),
+    return (
+        epsilon_said(account.spent),
+        epsilon_said(account.committed),
+        f"{budget.epsilon:g} at δ = {delta_said(budget.delta)}",
     )
-
-
-def _bar(left: float, right: float, y: float) -> tuple[Place, ...]:
-    return ((left, y + 16), (right, y + 16), (right, y + 28), (left, y + 28))
 
 
 def _runs(snapshot: Snapshot) -> str:
     parts = []
     if snapshot.runs:
-        older = f" {_count(snapshot.older_runs, 'older run')} not read." if snapshot.older_runs else ""
+        older = f" {count_said(snapshot.older_runs, 'older run')} not read." if snapshot.older_runs else ""
         table = Table(
             caption=f"From the server's run folders, newest first.{older}",
             columns=("Run", "State", "Rounds", "Began", "Result"),
@@ -748,12 +541,12 @@ def _run_row(snapshot: Snapshot, run: RunView) -> tuple[str, ...]:
         result = run.reason or "none yet"
     asked = "?" if run.rounds_asked is None else str(run.rounds_asked)
     rounds = "an audit" if run.is_audit else f"{run.rounds_done} of {asked}"
-    return run.name, STANDINGS[snapshot.standing(run)], rounds, _time(run.started), result
+    return run.name, STANDINGS[snapshot.standing(run)], rounds, time_said(run.started), result
 
 
 def _about(snapshot: Snapshot, refresh_s: int | None) -> str:
     if refresh_s is None:
-        written = f"It was written once, {_time(snapshot.written_at)}, and does not change by itself."
+        written = f"It was written once, {time_said(snapshot.written_at)}, and does not change by itself."
     else:
         written = (
             f"The browser reads it again every {refresh_s} s. If the time at its top stands still, nobody writes it "
@@ -772,49 +565,3 @@ def _shown(snapshot: Snapshot) -> tuple[RunView, ...]:
     going = [run for run in trainings if snapshot.standing(run) == "going on"]
     newest = [run for run in newest_runs(snapshot) if not run.is_audit and run not in going]
     return (*going, *newest)[:SHOWN_RUNS]
-
-
-def _of_budget(account: Account) -> str:
-    return f"ε = {_epsilon(account.spent)} of {account.budget.epsilon:g}"
-
-
-def _epsilon(epsilon: float) -> str:
-    """Two digits, rounded up: what was spent is not less than what is written."""
-    if not math.isfinite(epsilon):
-        return "without bound"
-    return f"{math.ceil(100 * epsilon) / 100:.2f}"
-
-
-def _delta(delta: float) -> str:
-    return f"{delta:.0e}".replace("e-0", "e-") if delta < 0.01 else f"{delta:g}"
-
-
-def _memory(size: int) -> str:
-    return f"{size / 2**30:.1f}\u00a0GiB" if size >= 2**30 else f"{size / 2**20:.0f}\u00a0MiB"
-
-
-def _span(seconds: float) -> str:
-    """A time to two digits or so."""
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole}\u00a0s"
-    if whole < 7200:
-        return f"{round(whole / 60)}\u00a0min"
-    days, hours = divmod(round(whole / 3600), 24)
-    return f"{days}\u00a0d {hours}\u00a0h" if days else f"{hours}\u00a0h"
-
-
-def _time(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"

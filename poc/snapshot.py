@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from jsonschema import Draft202012Validator
 
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
-from custom.run_folder import AUDIT_FILE, JOBS_FILE, MODEL_FILE, RUN_ID, RoundRecord, RunFailed, check_receipt
+from custom.run_folder import AUDIT_FILE, MODEL_FILE, RUN_ID, RoundRecord, RunFailed, RunFolder, check_receipt
 from custom.strict import ConfigError, require
 from medical_data.errors import MedicalDataError
 from privacy.errors import PrivacyError
@@ -413,7 +413,7 @@ def run_view(folder: Path) -> RunView:
         grids=_grids(folder, rounds[-1].round_number + 1 if rounds else 0),
         mean_image=mean_image if mean_image.is_file() else None,
         figures=_figures(folder, problems),
-        job_ids=_job_ids(folder),
+        job_ids=tuple(RunFolder(folder).job_ids()),
         product_sha256=sha256,
         audit=audit,
         problems=tuple(problems),
@@ -605,13 +605,6 @@ def _rounds(folder: Path, problems: list[str], *, finished: bool) -> tuple[Round
         record = RoundRecord(**{**values, "round_number": int(values["round_number"])})
         by_round[record.round_number] = record
     return tuple(by_round[number] for number in sorted(by_round))
-
-
-def _job_ids(folder: Path) -> tuple[str, ...]:
-    try:
-        return tuple((folder / JOBS_FILE).read_text(encoding="utf-8", errors="replace").split())
-    except OSError:  # it is of no use to say so: the run's own state is known without
-        return ()
 
 
 def _grids(folder: Path, rounds_done: int) -> tuple[SampleGrid, ...]:
