@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 
 from custom.strict import ConfigError, require
+from poc.alarms import alarms
 from poc.federation import PROJECT, PROJECT_FILE, Federation, keeps, prepare_nodes, provision, read_project
 from poc.jobs import last_heard, session
 from poc.processes import PACS, running, start_node
-from poc.snapshot import Job, NodeState, Snapshot, alarms, snapshot
+from poc.snapshot import Job, NodeState, Snapshot, snapshot
 
 QUIET_S = 45.0  # a site tells the server every ten seconds that it is there
 

@@ -15,6 +15,7 @@ from statistics import fmean, median
 
 from custom.run_folder import RoundRecord
 from custom.strict import require
+from poc.alarms import Alarm, alarms
 from poc.page_charts import epsilon_chart, loss_chart, said_by_sites
 from poc.page_words import (
     budget_said,
@@ -27,7 +28,6 @@ from poc.page_words import (
     time_said,
 )
 from poc.snapshot import (
-    Alarm,
     NodeState,
     NodeStatus,
     RunView,
@@ -35,7 +35,6 @@ from poc.snapshot import (
     SiteState,
     Snapshot,
     Standing,
-    alarms,
     newest_runs,
 )
 from privacy.audit.report.blocks import Block, Details, Facts, Paragraph, Table

@@ -21,15 +21,14 @@ from custom.run_folder import MODEL_FILE, RoundRecord, RunFolder
 from custom.site_ledger import open_ledger
 from custom.site_state import SiteState
 from custom.strict import ConfigError
+from poc.alarms import Alarm, alarms
 from poc.snapshot import (
     MOST_RUNS,
     QUIET_MARGIN_S,
-    Alarm,
     Job,
     LedgerView,
     NodeState,
     Snapshot,
-    alarms,
     ledger_view,
     newest_runs,
     run_view,
