@@ -15,6 +15,7 @@ import pytest
 from custom import tasks
 from custom.audit_counts import AUDIT_TASKS
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
+from poc.kits import CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = sorted(meta.parent for meta in (REPOSITORY / "jobs").glob("*/meta.json"))
@@ -76,6 +77,11 @@ def test_every_class_is_on_the_simulated_sites_allow_list(job: Path) -> None:
     for file in job.rglob("config_fed_*.json"):
         for path, _ in components(json.loads(file.read_text())):
             assert path.startswith(tuple(resources["class_allow_list"]))
+
+
+def test_simulated_and_provisioned_sites_allow_the_same_classes() -> None:
+    resources = json.loads((REPOSITORY / "simulator_workspace/local/resources.json").read_text())
+    assert resources["class_allow_list"] == list(CLASSES)
 
 
 @each_job
