@@ -58,7 +58,9 @@ def test_from_nothing_to_a_result_twice_and_beside_another(experiment: Experimen
         assert "ready: server, site-1, site-2, site-3" in said
         job = write_job(tmp_path, experiment, SITES)
         said = fedct("poc", "submit", job, cwd=home)
-        assert re.search(r"round 2/2 done in \d+ s, train loss [\d.]+, held-out loss before it [\d.]+, 3 of 3 sites", said)
+        assert re.search(
+            r"round 2/2 done in \d+ s, train loss [\d.]+, held-out loss before it [\d.]+, 3 of 3 sites", said
+        )
         assert "completed: 2 of 2 rounds" in said
         (receipt,) = (here / "results").rglob("receipt.json")
         assert check_receipt(receipt.parent)["participants"] == {"0": SITES, "1": SITES}
