@@ -13,9 +13,9 @@ from custom.audit_config import AuditConfig
 from custom.audit_copies import copy_outcome, gallery, screened
 from custom.audit_evidence import EXPLANATIONS, claimed_privacy, model_identity, software
 from custom.audit_scores import OVERFITTED, SHUFFLED, TARGET, UNTRAINED, Scoreboard, Scorer, population_of
-from custom.audited_samples import audited_samples
 from custom.canary_run import CanaryFindings
 from custom.curious_server import CuriousFindings, watch
+from custom.drawing import draw
 from custom.model_file import ModelFile, load_model
 from custom.run_folder import file_sha256
 from medical_data.cohort import Cohort
@@ -144,7 +144,7 @@ def _copies(
     if not config.samples:
         return (), None, ()
     started = time.monotonic()
-    samples = audited_samples(model, count=config.samples, device=device, progress=progress)
+    samples = draw(model, count=config.samples, device=device, progress=progress)
     screens = screened(samples, population, config, device=device, progress=progress)
     cost = Cost(part="copy screen", evaluations_per_image=0.0, seconds=time.monotonic() - started)
     return screens, gallery(screens, samples, population), (cost,)

@@ -47,6 +47,13 @@ class ModelFile:
         return network, build_schedule(self.experiment.schedule)
 
 
+def initial_model(experiment: ExperimentConfig) -> ModelFile:
+    """Fresh weights, which the experiment's seed determines."""
+    network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
+    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    return ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
+
+
 def save_checkpoint(file: Path, model: ModelFile) -> None:
     """Write weights and average, atomically."""
     average = {EMA_PREFIX + name: tensor.clone() for name, tensor in model.ema.items()}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load
 
 from custom.audit_evidence import claimed_privacy, model_identity
-from custom.audited_samples import audited_samples
+from custom.drawing import draw
 from custom.export import export_samples
 from custom.model_card import model_card
 from custom.model_file import ModelFile
@@ -164,7 +164,7 @@ def _write_samples(
     _demand(1 <= count <= screened, "--count", count, remedy)
     withheld = sorted({sample for copies in evidence.copies for sample in copies.withhold if sample < count})
     _demand(len(withheld) < count, "--count", count, "every one of them is withheld as too close to a patient")
-    images = audited_samples(model, count=count, device=device, progress=progress).copy()
+    images = draw(model, count=count, device=device, progress=progress).copy()
     images[withheld] = -1.0  # blank, so that none of them is ever on disk
     # All are exported and the blank ones removed, so that names and DerivationDescription give a sample's true index.
     export_samples(

@@ -37,10 +37,9 @@ def run(options: argparse.Namespace) -> int:
     import numpy as np
 
     from custom.device import use
-    from custom.diffusion.networks import build_network
-    from custom.diffusion.sampler import sample
+    from custom.drawing import draw
     from custom.evaluation import evaluate
-    from custom.model_file import load_model
+    from custom.model_file import initial_model, load_model
     from custom.pictures import real_and_generated
     from custom.site_file import HardwareConfig, load_site
     from medical_data.cohort import prepare_cohort
@@ -58,20 +57,9 @@ def run(options: argparse.Namespace) -> int:
     held_out = np.concatenate([cohort.images[cohort.rows("held_out")] for cohort in cohorts])
     train = np.concatenate([cohort.images[cohort.rows("train")] for cohort in cohorts])
     device = use(HardwareConfig())
-    network, schedule = model.sampling_network()
-    untrained = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
     generated, noise = (
-        sample(
-            denoiser.to(device),
-            schedule,
-            experiment.sampling,
-            count=options.count,
-            image_shape=experiment.image_shape,
-            seed=options.seed,
-            device=device,
-            progress=True,
-        ).numpy()
-        for denoiser in (network, untrained)
+        draw(each, count=options.count, device=device, seed=options.seed, progress=True)
+        for each in (model, initial_model(experiment))
     )
     result = evaluate(
         generated,

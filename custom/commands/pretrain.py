@@ -39,8 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
     from custom.config import ExperimentConfig, FederationConfig, TrainingConfig
     from custom.device import use
-    from custom.diffusion.networks import build_network
-    from custom.model_file import ModelFile, save_model
+    from custom.model_file import ModelFile, initial_model, save_model
     from custom.site_file import HardwareConfig
     from custom.strict import require
     from custom.training import train_round
@@ -63,8 +62,7 @@ def run(options: argparse.Namespace) -> int:
         home=options.out.parent / "embedded",
         progress=True,
     )
-    network = build_network(job.network, spatial_dims=job.preprocess.spatial_dims, seed=job.seed)
-    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    weights = initial_model(job).weights
     with tqdm(total=options.steps, desc="training", unit="step") as bar:
 
         def progress(step: int, loss: float) -> None:

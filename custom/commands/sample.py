@@ -37,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw and write."""
     from custom.device import use
-    from custom.diffusion.sampler import sample
+    from custom.drawing import draw
     from custom.export import export_samples
     from custom.model_file import load_model
     from custom.pictures import sample_grid
@@ -45,18 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
     sampling = SamplingConfig(sampler=options.sampler, steps=options.steps)
     model = load_model(options.model)
-    network, schedule = model.sampling_network()
     device = use(HardwareConfig())
-    images = sample(
-        network.to(device),
-        schedule,
-        sampling,
-        count=options.count,
-        image_shape=model.experiment.image_shape,
-        seed=options.seed,
-        device=device,
-        progress=True,
-    ).numpy()
+    images = draw(model, count=options.count, device=device, sampling=sampling, seed=options.seed, progress=True)
     window = model.experiment.preprocess.window_hu
     files = export_samples(
         images,

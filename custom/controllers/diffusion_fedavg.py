@@ -35,12 +35,12 @@ from custom.config import ExperimentConfig
 from custom.controllers.skip_list import SkipList
 from custom.device import use
 from custom.diffusion.ema import updated_ema
-from custom.diffusion.networks import Shapes, build_network, parameter_shapes
-from custom.diffusion.sampler import sample
+from custom.diffusion.networks import Shapes, parameter_shapes
 from custom.diffusion.schedule import build_schedule
+from custom.drawing import draw
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.job_plan import privacy_plan
-from custom.model_file import ModelFile, load_model, save_model
+from custom.model_file import ModelFile, initial_model, load_model, save_model
 from custom.pictures import grey_levels, sample_grid
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.site_file import ServerConfig, server_config
@@ -135,7 +135,7 @@ class DiffusionFedAvg(FedAvg):
 
     def _prepared(self, experiment: ExperimentConfig, folder: RunFolder, server: ServerConfig) -> ModelFile:
         """The model before the first round: fresh or given weights, warmed up on the sites' noisy mean image."""
-        model = _initial_model(experiment)
+        model = initial_model(experiment)
         if experiment.start_from is not None:
             weights = start_weights(server.models, experiment)
             self.info(f"starting from the model {experiment.start_from}")
@@ -183,7 +183,7 @@ class DiffusionFedAvg(FedAvg):
             self.info(record.told(experiment.federation.rounds))
             every = experiment.sampling.grid_every
             if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:
-                images = self._sample(experiment, model, experiment.sampling.grid_images)
+                images = draw(model, count=experiment.sampling.grid_images, device=self._device)
                 file = folder.path / "samples" / f"round_{round_number + 1:04d}.png"
                 _grid(images, file, experiment, _after(round_number + 1))
         return model, None
@@ -281,10 +281,10 @@ class DiffusionFedAvg(FedAvg):
         save_model(folder.path / "model.safetensors", model)
         count = experiment.sampling.evaluation_images
         self.info(f"drawing {count} samples from the model, and as many from the untrained network")
-        images = self._sample(experiment, model, count)
+        images = draw(model, count=count, device=self._device)
         first = images[: experiment.sampling.grid_images]
         _grid(first, folder.path / "samples.png", experiment, _after(model.rounds_done))
-        untrained = self._sample(experiment, _initial_model(experiment), count)
+        untrained = draw(initial_model(experiment), count=count, device=self._device)
         arrays = to_numpy(model.ema) | {
             tasks.SAMPLES: grey_levels(images),
             tasks.UNTRAINED_SAMPLES: grey_levels(untrained),
@@ -320,19 +320,6 @@ class DiffusionFedAvg(FedAvg):
             if any(name in site for site in figures.values())
         }
         return mean, figures
-
-    def _sample(self, experiment: ExperimentConfig, model: ModelFile, count: int) -> NDArray[np.float32]:
-        network, schedule = model.sampling_network()
-        images: NDArray[np.float32] = sample(
-            network.to(self._device),
-            schedule,
-            experiment.sampling,
-            count=count,
-            image_shape=experiment.image_shape,
-            seed=experiment.seed,
-            device=self._device,
-        ).numpy()
-        return images
 
 
 def drawn_sites(sites: list[str], experiment: ExperimentConfig, round_number: int) -> list[str]:
@@ -379,12 +366,6 @@ def start_weights(models: Path, experiment: ExperimentConfig) -> dict[str, Tenso
         remedy = f"this job has {ours}; name a model that was made for it"
         require(ours == theirs, argument=f"start_from.{name}", value=theirs, remedy=remedy)
     return given.ema
-
-
-def _initial_model(experiment: ExperimentConfig) -> ModelFile:
-    network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
-    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    return ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
 
 
 def next_model(model: ModelFile, mean: dict[str, NDArray[np.float32]]) -> ModelFile:

@@ -14,7 +14,6 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 from custom import tasks
 from custom.audit_counts import Agreement, audit_of, audit_shapes
-from custom.audited_samples import audited_samples
 from custom.codec import (
     Arrays,
     TaskHeader,
@@ -31,6 +30,7 @@ from custom.controllers.secure_fedavg import MaskedAverage, SecureFedAvg
 from custom.device import use
 from custom.diffusion.networks import Shapes
 from custom.diffusion.schedule import build_schedule
+from custom.drawing import draw
 from custom.egress import EgressRefused, check_counts
 from custom.model_file import ModelFile, load_model
 from custom.pictures import grey_levels
@@ -94,7 +94,7 @@ class FederatedAudit(SecureFedAvg):
         copies, samples = None, audit_of(experiment).samples
         if samples:
             self.info(f"drawing {samples} samples to be screened for copies")
-            images = audited_samples(model, count=samples, device=self._device, progress=False)
+            images = draw(model, count=samples, device=self._device)
             copies = self._counted(tasks.AUDIT_COPIES, {tasks.SAMPLES: grey_levels(images)}, experiment, folder)
         evidence = pooled.evidence(
             self._agreement,
