@@ -16,12 +16,14 @@ from custom.audit_config import AuditConfig
 from custom.audit_target import denoiser, loss_function
 from custom.audit_training import fit, overfit
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import build_network
+from custom.device import images_at_once
 from custom.diffusion.schedule import Schedule
+from custom.latents import encoded
 from custom.model_file import ModelFile
+from custom.stages import fresh_weights, model_denoiser
 from medical_data.cohort import Cohort, Part
 from medical_data.preprocess import evenly
-from privacy.audit.attacks import GREY_BOX, grey_box_scores
+from privacy.audit.attacks import GREY_BOX, GreyBoxScores, grey_box_scores
 from privacy.audit.blind import blind_scores
 from privacy.audit.calibration import (
     FEWEST_CALIBRATING_PATIENTS,
@@ -175,6 +177,7 @@ class Scorer:
     def __init__(self, model: ModelFile, config: AuditConfig, *, device: torch.device, progress: bool) -> None:
         self.model, self.config, self.device, self.progress = model, config, device, progress
         self.network, self.schedule = model.sampling_network()
+        self.autoencoder = model.autoencoder()
         self.levels = timesteps(config.noise_levels, self.schedule)
         self.costs: list[Cost] = []
 
@@ -197,18 +200,29 @@ class Scorer:
         groups = {name: Group(name=name, population=of[name], scored=each) for name, each in found.items()}
         return Scoreboard(groups=groups, costs=tuple(self.costs))
 
-    def _grey_box(
-        self, network: torch.nn.Module, population: Population, attacks: Sequence[str], part: str
-    ) -> tuple[Scored, ...]:
-        found = grey_box_scores(
+    def denoised(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the model denoises of images [N, 1, *spatial]: themselves, or their latents."""
+        return images if self.autoencoder is None else encoded(self.autoencoder, images, self.device)
+
+    def _asked(
+        self, network: torch.nn.Module, images: NDArray[np.float32], attacks: Sequence[str]
+    ) -> GreyBoxScores:
+        """Grey-box statistics of images, by what the network says of them."""
+        denoised = self.denoised(images)
+        return grey_box_scores(
             denoiser(network, self.schedule, self.device),
-            population.images,
+            denoised,
             timesteps=self.levels,
             seeds=self.config.seeds,
             attacks=attacks,
-            batch_size=BATCH,
+            batch_size=min(BATCH, images_at_once(denoised.shape[1:])),
             progress=self.progress,
         )
+
+    def _grey_box(
+        self, network: torch.nn.Module, population: Population, attacks: Sequence[str], part: str
+    ) -> tuple[Scored, ...]:
+        found = self._asked(network, population.images, attacks)
         self._cost(part, found.shared_evaluations_per_image, found.seconds)
         return tuple(
             _scored(name, found.scores[name], found.settings[name], found.evaluations_per_image[name])
@@ -260,7 +274,7 @@ class Scorer:
             network = fit(
                 _fresh(self.model.experiment, self.model.experiment.seed + 1 + number),
                 self.schedule,
-                population.images[rows],
+                self.denoised(population.images[rows]),
                 steps=self.config.reference_steps,
                 seed=number,
                 device=self.device,
@@ -268,15 +282,7 @@ class Scorer:
                 progress=self.progress,
             )
             out = (~trained_on)[population.patient]
-            found = grey_box_scores(
-                denoiser(network, self.schedule, self.device),
-                population.images[out],
-                timesteps=self.levels,
-                seeds=self.config.seeds,
-                attacks=(REFERENCE_ATTACK,),
-                batch_size=BATCH,
-                progress=self.progress,
-            )
+            found = self._asked(network, population.images[out], (REFERENCE_ATTACK,))
             reference[:, out] = found.scores[REFERENCE_ATTACK]
         self._cost("reference models", loss.evaluations_per_image, time.monotonic() - started)
         calibrated = np.stack(
@@ -317,7 +323,13 @@ class Scorer:
         loss = loss_function(self.network.to(self.device), self.schedule)
         parameters = {name: tensor.detach() for name, tensor in self.network.named_parameters()}
         norms = gradient_norms(
-            loss, parameters, population.images, timesteps=levels, seed=0, batch_size=16, progress=self.progress
+            loss,
+            parameters,
+            self.denoised(population.images),
+            timesteps=levels,
+            seed=0,
+            batch_size=16,
+            progress=self.progress,
         )
         scores = np.stack([_stack(norms, population, seed) for seed in self.config.seeds])
         cost = evaluations_per_image(levels)
@@ -344,8 +356,8 @@ class Scorer:
         overfit(
             network,
             self.schedule,
-            control.images[learnt],
-            control.images[~learnt],
+            self.denoised(control.images[learnt]),
+            self.denoised(control.images[~learnt]),
             steps=self.config.control_steps,
             device=self.device,
             progress=self.progress,
@@ -438,7 +450,7 @@ def layout(config: AuditConfig, schedule: Schedule) -> dict[str, dict[str, tuple
 
 
 def _fresh(experiment: ExperimentConfig, seed: int) -> torch.nn.Module:
-    return build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=seed)
+    return model_denoiser(experiment, fresh_weights(experiment, seed=seed))
 
 
 def _few(population: Population, seeds: Sequence[int]) -> bool:

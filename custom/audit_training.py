@@ -9,8 +9,9 @@ from torch import nn
 from tqdm import tqdm
 
 from custom.diffusion.loss import denoising_loss
+from custom.diffusion.objective import denoising
 from custom.diffusion.schedule import Schedule
-from custom.training import denoising_step
+from custom.training import training_step
 
 BATCH = 16
 LEARNING_RATE = 2e-3
@@ -41,14 +42,14 @@ def fit(
         label: of the progress bar.
         progress: show it on stderr.
     """
-    network.to(device).train()
+    objective = denoising(network.to(device).train(), schedule)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(steps), desc=label, unit="step", disable=not progress):
         rows = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
         x0 = torch.from_numpy(images[rows.numpy()]).to(device)
-        denoising_step(network, schedule, optimizer, x0, generator, gradient_clip=1.0)
+        training_step(objective, optimizer, x0, generator, gradient_clip=1.0)
         falling.step()
     return network.eval()
 

@@ -177,11 +177,68 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """MONAI AutoencoderKL, on whose latents the denoiser then works (latent diffusion, arXiv:2112.10752).
+
+    Either its first rounds train it, or it is a frozen one; exactly one of ``rounds`` and ``frozen`` is given.
+
+    Attributes:
+        channels: feature channels of each level, each a multiple of ``norm_groups``; every level after the first halves
+            the image.
+        latent_channels: channels of the latents.
+        rounds: the first so many of ``federation.rounds`` train it, the others the denoiser.
+        frozen: name of a model in the server's folder of models whose autoencoder is used as it is.
+        training: a site's work in a round that trains it; None for that of the denoiser.
+        res_blocks: residual blocks per level.
+        norm_groups: groups of every group normalisation.
+        kl_weight: of the Kullback-Leibler divergence beside the mean absolute error.
+    """
+
+    channels: tuple[int, ...]
+    latent_channels: int = 4
+    rounds: int = 0
+    frozen: str | None = None
+    training: TrainingConfig | None = None
+    res_blocks: int = 1
+    norm_groups: int = 8
+    kl_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, least in (("latent_channels", 1), ("rounds", 0), ("res_blocks", 1), ("norm_groups", 1)):
+            value = getattr(self, name)
+            require(value >= least, argument=f"autoencoder.{name}", value=value, remedy=f"give at least {least}")
+        fits = len(self.channels) >= 2 and all(c > 0 and c % self.norm_groups == 0 for c in self.channels)
+        remedy = f"give at least two positive multiples of norm_groups = {self.norm_groups}"
+        require(fits, argument="autoencoder.channels", value=self.channels, remedy=remedy)
+        require(self.kl_weight >= 0, argument="autoencoder.kl_weight", value=self.kl_weight, remedy="give ≥ 0")
+        named = self.frozen is None or NAME.fullmatch(self.frozen) is not None
+        remedy = "give the name of a model, not a path"
+        require(named, argument="autoencoder.frozen", value=self.frozen, remedy=remedy)
+        remedy = "give rounds that train it, or the name of a frozen one; not both"
+        require(
+            (self.rounds > 0) == (self.frozen is None), argument="autoencoder.rounds", value=self.rounds, remedy=remedy
+        )
+        unused = self.frozen is not None and self.training is not None
+        remedy = "leave it out: a frozen autoencoder is not trained"
+        require(not unused, argument="autoencoder.training", value=self.training, remedy=remedy)
+
+    @property
+    def architecture(self) -> tuple[object, ...]:
+        """What decides the meaning of its weights."""
+        return self.channels, self.latent_channels, self.res_blocks, self.norm_groups
+
+    @property
+    def shrink(self) -> int:
+        """How much smaller the latents' edge is than the image's."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class FederationConfig:
     """Rounds, who takes part, and what the server accepts.
 
     Attributes:
-        rounds: rounds in total.
+        rounds: rounds in total, those of an autoencoder included.
         clients_per_round: sites drawn (seeded) for each round; ``None`` draws all.
         min_responses: accepted replies below which a round is void and the run fails.
         round_timeout_s: seconds after which a round goes on without the sites that are silent.
@@ -283,6 +340,7 @@ class ExperimentConfig:
             weights the run starts with, such as one that was trained on public data; None for fresh weights.
         encryption: ``ckks``: updates leave the sites encrypted and the server adds ciphertexts; None sends them plain.
         audit: attack a finished model, whose preprocess, network and schedule are these; None trains one.
+        autoencoder: the network denoises its latents; None: the images themselves.
     """
 
     name: str
@@ -296,6 +354,7 @@ class ExperimentConfig:
     start_from: str | None = None
     encryption: Literal["ckks"] | None = None
     audit: AuditConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -307,12 +366,15 @@ class ExperimentConfig:
             remedy="give letters, digits, '_' and '-' only: folders are named after it",
         )
         require(0 <= self.seed < 2**32, argument="seed", value=self.seed, remedy="give 0 … 2³²-1")
-        shrink = 2 ** (len(self.network.channels) - 1)
+        halved = len(self.network.channels) - 1
+        if self.autoencoder is not None:
+            halved += len(self.autoencoder.channels) - 1
+            _require_trainable(self, self.autoencoder)
         require(
-            self.preprocess.size % shrink == 0,
+            self.preprocess.size % 2**halved == 0,
             argument="preprocess.size",
             value=self.preprocess.size,
-            remedy=f"give a multiple of {shrink}: the network halves the image {len(self.network.channels) - 1}×",
+            remedy=f"give a multiple of {2**halved}: the image is halved {halved}×",
         )
         named = self.start_from is None or NAME.fullmatch(self.start_from) is not None
         require(named, argument="start_from", value=self.start_from, remedy="give the name of a model, not a path")
@@ -351,14 +413,17 @@ class ExperimentConfig:
         )
 
     @property
-    def total_steps(self) -> int:
-        """Gradient steps that one site makes over all rounds."""
-        return self.federation.rounds * self.training.steps_per_round
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, [1, *spatial]."""
+        return (1, *(self.preprocess.size,) * self.preprocess.spatial_dims)
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Shape of one image, [C, *spatial]."""
-        return (1, *(self.preprocess.size,) * self.preprocess.spatial_dims)
+    def denoised_shape(self) -> tuple[int, ...]:
+        """Shape of what is denoised, [C, *spatial]: an image, or its latents."""
+        if self.autoencoder is None:
+            return self.image_shape
+        edge = self.preprocess.size // self.autoencoder.shrink
+        return (self.autoencoder.latent_channels, *(edge,) * self.preprocess.spatial_dims)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_json` gives an equal configuration back."""
@@ -406,9 +471,7 @@ class ExperimentConfig:
 def _require_private(experiment: ExperimentConfig) -> None:
     """What a job with differential privacy must not ask for, because it would leak or mean nothing."""
     training, federation = experiment.training, experiment.federation
-    for name, value in (("batch_size", training.batch_size), ("gradient_clip", training.gradient_clip)):
-        remedy = "leave it out: with differential privacy the privacy block decides"
-        require(value is None, argument=f"training.{name}", value=value, remedy=remedy)
+    _require_no_batch(training, "training")
     remedy = 'give "uniform": a patient count would leave the site otherwise'
     require(
         federation.weighting == "uniform", argument="federation.weighting", value=federation.weighting, remedy=remedy
@@ -421,6 +484,34 @@ def _require_private(experiment: ExperimentConfig) -> None:
         bits = 32 if masks is None else masks.ring_bits
         require(bits == 32, argument="secure_aggregation.ring_bits", value=bits, remedy="give 32")
         require(steps == 1, argument="training.steps_per_round", value=steps, remedy="give 1: each step is a sum")
+
+
+def _require_trainable(experiment: ExperimentConfig, autoencoder: AutoencoderConfig) -> None:
+    """What two stages in one run ask for."""
+    rounds, privacy, training = experiment.federation.rounds, experiment.privacy, autoencoder.training
+    remedy = f"give fewer than federation.rounds = {rounds}: the denoiser needs rounds, too"
+    require(autoencoder.rounds < rounds, argument="autoencoder.rounds", value=autoencoder.rounds, remedy=remedy)
+    if privacy is None:
+        batch = training is None or training.batch_size is not None
+        require(batch, argument="autoencoder.training.batch_size", value=None, remedy="missing; give it")
+        return
+    remedy = "leave it out with an autoencoder: an image warms up no network of latents"
+    require(privacy.mean_image is None, argument="privacy.mean_image", value=privacy.mean_image, remedy=remedy)
+    if autoencoder.frozen is None:
+        remedy = 'give ["*"]: the patterns would have to fit both networks'
+        require(privacy.trained == ("*",), argument="privacy.trained", value=privacy.trained, remedy=remedy)
+    if training is not None:
+        _require_no_batch(training, "autoencoder.training")
+        steps, remedy = experiment.training.steps_per_round, "every round of the plan has as many steps"
+        alike = training.steps_per_round == steps
+        argument = "autoencoder.training.steps_per_round"
+        require(alike, argument=argument, value=training.steps_per_round, remedy=f"give {steps}: {remedy}")
+
+
+def _require_no_batch(training: TrainingConfig, argument: str) -> None:
+    for name in ("batch_size", "gradient_clip"):
+        value, remedy = getattr(training, name), "leave it out: with differential privacy the privacy block decides"
+        require(value is None, argument=f"{argument}.{name}", value=value, remedy=remedy)
 
 
 def _require_auditable(experiment: ExperimentConfig, audit: AuditConfig) -> None:

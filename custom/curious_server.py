@@ -223,7 +223,7 @@ def _redrawn(model: ModelFile, population: Population, device: torch.device) -> 
         {name: -tensor[0] for name, tensor in found.items()}
         for _, found in image_gradients(loss, parameters, batch, timesteps=(t,), seed=0, batch_size=1)
     ]
-    noise = shared_noise(0, t, 0, batch.shape[2:]).to(device)
+    noise = shared_noise(0, t, 0, batch.shape[1:]).to(device)
     prior = population.images[~population.member[population.patient]].mean(axis=0)
     outcomes = []
     for seen, update, images in (

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
-from custom.site_file import HardwareConfig
+from custom.site_file import HardwareConfig, Precision
 from privacy.secagg.masking import CipherName
+
+# Pixels or voxels that a network evaluates at once, where nothing is learned: 16 slices of 256², one volume of 96³.
+EVALUATED_AT_ONCE = 1 << 20
 
 
 def use(hardware: HardwareConfig) -> torch.device:
@@ -53,6 +58,17 @@ def fast_cipher(processor: Path = Path("/proc/cpuinfo")) -> CipherName:
     return "aes" if any("aes" in line.split() for line in flags) else "chacha"
 
 
-def mixed_precision(device: torch.device) -> AbstractContextManager[None]:
-    """bfloat16 autocast on CUDA; float32 on the CPU, where bfloat16 was ten times slower."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def mixed_precision(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[None]:
+    """Autocast to bfloat16 inside this context, or nothing.
+
+    Args:
+        device: where the tensors are.
+        precision: ``auto`` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 was ten times slower.
+    """
+    low = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
+def images_at_once(shape: Sequence[int]) -> int:
+    """How many images of a shape [C, *spatial] a network evaluates at once, where nothing is learned; at least one."""
+    return max(1, EVALUATED_AT_ONCE // math.prod(shape[1:]))

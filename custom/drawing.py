@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from custom.config import SamplingConfig
+from custom.device import images_at_once
 from custom.diffusion.sampler import sample
+from custom.latents import decoded
 from custom.model_file import ModelFile
 
 MOST_AT_ONCE = 64
-PIXELS_AT_ONCE = 1 << 18  # 64 slices of 64 x 64, one volume of 64 x 64 x 64
 
 
 def draw(
@@ -40,17 +39,18 @@ def draw(
     Returns:
         float32 [count, 1, *spatial] in [-1, 1].
     """
-    experiment = model.experiment
+    experiment, autoencoder = model.experiment, model.autoencoder()
     network, schedule = model.sampling_network()
-    images: NDArray[np.float32] = sample(
+    images = sample(
         network.to(device),
         schedule,
         experiment.sampling if sampling is None else sampling,
         count=count,
-        image_shape=experiment.image_shape,
+        image_shape=experiment.denoised_shape,
         seed=experiment.seed if seed is None else seed,
         device=device,
-        batch_size=max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // math.prod(experiment.image_shape))),
+        clip=autoencoder is None,
+        batch_size=min(MOST_AT_ONCE, images_at_once(experiment.denoised_shape)),
         progress=progress,
-    ).numpy()
-    return images
+    )
+    return images.numpy() if autoencoder is None else decoded(autoencoder, images, device)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
+from custom.stages import stage_shapes, stages
 from privacy.policy import RULES
 
 WEIGHT = "weight"
@@ -74,6 +75,12 @@ def mean_image_shape(config: ExperimentConfig) -> Shapes | None:
     return {MEAN_IMAGE: config.image_shape}
 
 
+def released_shapes(config: ExperimentConfig) -> tuple[Shapes, ...]:
+    """Names and shapes of every set of arrays that may leave: the mean image before training, each stage's update."""
+    image = mean_image_shape(config)
+    return (*([] if image is None else [image]), *(stage_shapes(config, stage) for stage in stages(config)))
+
+
 class EgressRefused(Exception):
     """Something that is not on the list was about to leave; names what and why, never a value from a patient."""
 
@@ -86,8 +93,7 @@ def check_update(
     Args:
         arrays: what stands under the names of the model's tensors.
         meta: what is said beside them: ``weight`` and ``metrics``, nothing else.
-        shapes: names and shapes of the model's tensors (:func:`custom.diffusion.networks.parameter_shapes`), or
-            :func:`mean_image_shape`.
+        shapes: one of :func:`released_shapes`.
         config: the experiment; its ``max_update_norm`` bounds the L2 norm.
 
     Raises:

@@ -13,7 +13,7 @@ and recall, Kynkäänniemi et al. 2019 (arXiv 1904.06991); MS-SSIM, Wang et al. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -31,12 +31,16 @@ Images = NDArray[np.float32]
 
 EFFNET, EFFNET_LAYER, EFFNET_FEATURES = "efficientnet-lite0", "1280", 1280
 INCEPTION, INCEPTION_LAYER, INCEPTION_FEATURES = "inception-v3-compat", "2048", 2048
+LAYERS = {EFFNET: EFFNET_LAYER, INCEPTION: INCEPTION_LAYER}
 MIN_IMAGES = 10  # KID looks at random halves of a set: fewer say nothing
+EFFNET_ROWS = ("EffNet-FD", "EffNet-KID", "EffNet precision", "EffNet recall")
+INCEPTION_ROWS = ("FID", "KID", "Inception precision", "Inception recall")
 PRC_NEIGHBOURS = 3  # the paper's k, counted from the images of other patients on
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 BATCH = 32
 MS_SSIM_PAIRS = 512
+MS_SSIM_VOLUME_PAIRS = 64  # a pair of 64³ voxels takes 0.15 s
 MS_SSIM_KERNEL = 11
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -121,21 +125,15 @@ class Evaluation:
             columns["untrained"] = self.untrained
         rows = [["against held-out patients", *columns]]
         effnet = [column.effnet for column in columns.values()]
-        rows += _distance_rows(effnet, ("EffNet-FD", "EffNet-KID", "EffNet precision", "EffNet recall"))
+        rows += distance_rows(effnet, EFFNET_ROWS)
         inception = [column.inception for column in columns.values() if column.inception is not None]
         if inception:
-            rows += _distance_rows(inception, ("FID", "KID", "Inception precision", "Inception recall"))
+            rows += distance_rows(inception, INCEPTION_ROWS)
         rows.append(["MS-SSIM within the set", *(f"{column.ms_ssim:.3f}" for column in columns.values())])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            row[0].ljust(widths[0])
-            + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        ]
         height, width = self.image_size
         return "\n".join(
             [
-                *lines,
+                *aligned(rows),
                 f"{self.images} images a column, {self.held_out} held out, {height}x{width} pixels;",
                 f"KID: {KID_SUBSETS} subsets of {self.kid_subset_size}; precision and recall: "
                 f"{self.prc_neighbours} neighbours; MS-SSIM: {self.ms_ssim_scales} scales.",
@@ -188,50 +186,27 @@ def evaluate(
         ValueError: impossible images, too few of them, different sizes, an impossible seed or weights file.
         FileNotFoundError: no file at inception_weights.
     """
-    if images_per_patient < 1:
-        raise ValueError(f"images_per_patient = {images_per_patient}: give at least 1")
-    neighbours = images_per_patient - 1 + PRC_NEIGHBOURS
+    neighbours = prc_neighbours(images_per_patient)
     sets = {"generated": generated, "train": train}
     if untrained is not None:
         sets["untrained"] = untrained
-    _check_sets({**sets, "held_out": held_out}, fewest=max(MIN_IMAGES, neighbours + 1))
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed = {seed}: give 0 .. 2^32 - 1")
-    scales = _ms_ssim_scales(min(held_out.shape[2:]))
-    if inception_weights is not None:
-        _check_weights(inception_weights)
-
-    count = min(len(images) for images in sets.values())
-    rng = np.random.default_rng(seed)
-    sets = {name: images[np.sort(rng.permutation(len(images))[:count])] for name, images in sets.items()}
-    subset = min(KID_SUBSET_SIZE, min(count, len(held_out)) // 2)
+    check_sets({**sets, "held_out": held_out}, fewest=max(MIN_IMAGES, neighbours + 1), spatial_dims=2)
+    check_seed(seed)
+    scales = ms_ssim_scales(min(held_out.shape[2:]))
+    sets = equal_sets(sets, seed=seed)
+    count = len(sets["generated"])
+    networks = extractors(inception_weights)
 
     from tqdm import tqdm
 
-    with tqdm(total=len(sets) + 1, desc="evaluate", unit="set", disable=not progress) as bar:
-        spaces = {EFFNET: EFFNET_LAYER} | ({} if inception_weights is None else {INCEPTION: INCEPTION_LAYER})
-        extractors = {name: _extractor(name, layer, inception_weights) for name, layer in spaces.items()}
-        reference = {name: _features(extractor, held_out) for name, extractor in extractors.items()}
-        bar.update()
-
-        columns = {}
-        for set_name, images in sets.items():
-            distances = {}
-            for name, extractor in extractors.items():
-                distances[name] = _distances(
-                    _features(extractor, images),
-                    reference[name],
-                    spaces[name],
-                    kid_subset_size=subset,
-                    prc_neighbours=neighbours,
-                    seed=seed,
-                )
-            columns[set_name] = Column(
-                effnet=distances[EFFNET],
-                inception=distances.get(INCEPTION),
-                ms_ssim=mean_pairwise_ms_ssim(images, seed=seed),
-            )
-            bar.update()
+    columns = {}
+    compared = compare(sets, held_out, networks, images_per_patient=images_per_patient, seed=seed)
+    for name, distances in tqdm(compared, total=len(sets), desc="evaluate", unit="set", disable=not progress):
+        columns[name] = Column(
+            effnet=distances[EFFNET],
+            inception=distances.get(INCEPTION),
+            ms_ssim=mean_pairwise_ms_ssim(sets[name], seed=seed),
+        )
 
     height, width = held_out.shape[2:]
     return Evaluation(
@@ -241,11 +216,85 @@ def evaluate(
         images=count,
         held_out=len(held_out),
         image_size=(height, width),
-        kid_subset_size=subset,
+        kid_subset_size=kid_subset_size(count, len(held_out)),
         prc_neighbours=neighbours,
         ms_ssim_scales=scales,
         seed=seed,
     )
+
+
+def compare(
+    sets: Mapping[str, Images],
+    held_out: Images,
+    networks: Mapping[str, torch.nn.Module],
+    *,
+    images_per_patient: int,
+    seed: int,
+) -> Iterator[tuple[str, dict[str, Distances]]]:
+    """The distances of each set of slices from the held-out ones, in the space of each network.
+
+    Args:
+        sets: by name, checked and of one size.
+        held_out: slices of patients that trained nothing.
+        networks: what :func:`extractors` gave.
+        images_per_patient: as in :func:`evaluate`.
+        seed: decides KID's subsets.
+
+    Yields:
+        The name of a set and its distances by network; an image passes a network once.
+    """
+    reference = {space: _features(network, held_out) for space, network in networks.items()}
+    for name, images in sets.items():
+        yield (
+            name,
+            {
+                space: _distances(
+                    _features(network, images),
+                    reference[space],
+                    LAYERS[space],
+                    kid_subset_size=kid_subset_size(len(images), len(held_out)),
+                    prc_neighbours=prc_neighbours(images_per_patient),
+                    seed=seed,
+                )
+                for space, network in networks.items()
+            },
+        )
+
+
+def extractors(inception_weights: Path | None) -> dict[str, torch.nn.Module]:
+    """The networks that give features, by the name of the space.
+
+    Raises:
+        ValueError: a weights file that is none.
+        FileNotFoundError: no such file.
+    """
+    if inception_weights is not None:
+        _check_weights(inception_weights)
+    spaces = [EFFNET] if inception_weights is None else [EFFNET, INCEPTION]
+    return {name: _extractor(name, LAYERS[name], inception_weights) for name in spaces}
+
+
+def kid_subset_size(images: int, held_out: int) -> int:
+    """Images in each of KID's random subsets of two sets: half of the smaller one at the most."""
+    return min(KID_SUBSET_SIZE, min(images, held_out) // 2)
+
+
+def prc_neighbours(images_per_patient: int) -> int:
+    """The k of precision and recall: the third neighbour beyond a patient's own images.
+
+    Raises:
+        ValueError: no images of a patient.
+    """
+    if images_per_patient < 1:
+        raise ValueError(f"images_per_patient = {images_per_patient}: give at least 1")
+    return images_per_patient - 1 + PRC_NEIGHBOURS
+
+
+def equal_sets(sets: Mapping[str, Images], *, seed: int) -> dict[str, Images]:
+    """Every set with as many images as the smallest has, a random choice in the order they have."""
+    count = min(len(images) for images in sets.values())
+    rng = np.random.default_rng(seed)
+    return {name: images[np.sort(rng.permutation(len(images))[:count])] for name, images in sets.items()}
 
 
 def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -268,13 +317,13 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def mean_pairwise_ms_ssim(images: Images, *, seed: int) -> float:
-    """Mean MS-SSIM of 512 random pairs of images, in [0, 1]; 1 means that all are the same.
+    """Mean MS-SSIM of 512 random pairs of slices or 64 of volumes, in [0, 1]; 1 means that all are the same.
 
     The window is the paper's (11 pixels, sigma 1.5). Its five scales need 176 pixels, so smaller images take
     the first scales only, their weights brought to sum 1: 2 scales at 32 pixels, 3 at 64, 4 at 128.
 
     Args:
-        images: float32 [N, 1, H, W] in [-1, 1], at least 2 images of at least 11 pixels.
+        images: float32 [N, 1, H, W] or [N, 1, D, H, W] in [-1, 1], at least 2 images of at least 11 pixels.
         seed: decides the pairs.
 
     Raises:
@@ -286,32 +335,55 @@ def mean_pairwise_ms_ssim(images: Images, *, seed: int) -> float:
     check_images(images, name="images")
     if len(images) < 2:
         raise ValueError(f"images = {len(images)}: a pair takes at least 2")
-    weights = MS_SSIM_WEIGHTS[: _ms_ssim_scales(min(images.shape[2:]))]
+    weights = MS_SSIM_WEIGHTS[: ms_ssim_scales(min(images.shape[2:]))]
+    spatial_dims = images.ndim - 2
+    pairs, batch = (MS_SSIM_PAIRS, BATCH) if spatial_dims == 2 else (MS_SSIM_VOLUME_PAIRS, 1)
     rng = np.random.default_rng(seed)
-    first = rng.integers(len(images), size=MS_SSIM_PAIRS)
-    second = (first + rng.integers(1, len(images), size=MS_SSIM_PAIRS)) % len(images)
+    first = rng.integers(len(images), size=pairs)
+    second = (first + rng.integers(1, len(images), size=pairs)) % len(images)
     unit = torch.from_numpy((np.clip(images, -1, 1) + 1) / 2)
     values = [
         compute_ms_ssim(
-            unit[first[start : start + BATCH]],
-            unit[second[start : start + BATCH]],
-            spatial_dims=2,
+            unit[first[start : start + batch]],
+            unit[second[start : start + batch]],
+            spatial_dims=spatial_dims,
             kernel_size=MS_SSIM_KERNEL,
             weights=[weight / sum(weights) for weight in weights],
         )
-        for start in range(0, MS_SSIM_PAIRS, BATCH)
+        for start in range(0, pairs, batch)
     ]
     return float(torch.cat(values).double().mean())
 
 
-def _check_sets(sets: Mapping[str, Images], *, fewest: int) -> None:
+def check_sets(sets: Mapping[str, Images], *, fewest: int, spatial_dims: int) -> None:
+    """Refuse sets that cannot be compared.
+
+    Args:
+        sets: by the argument to name in the error; one is ``held_out``, whose size the others must have.
+        fewest: images that a set needs.
+        spatial_dims: 2 for slices, 3 for volumes.
+
+    Raises:
+        ValueError: impossible images, too few of them, or different sizes.
+    """
+    kind, unit = ("images", "pixels") if spatial_dims == 2 else ("volumes", "voxels")
     for name, images in sets.items():
-        check_images(images, name=name)
+        check_images(images, name=name, spatial_dims=(spatial_dims,))
         if len(images) < fewest:
-            raise ValueError(f"{name} = {len(images)} images: give at least {fewest}")
+            raise ValueError(f"{name} = {len(images)} {kind}: give at least {fewest}")
         if images.shape[2:] != sets["held_out"].shape[2:]:
             size, wanted = images.shape[2:], sets["held_out"].shape[2:]
-            raise ValueError(f"{name} = {size} pixels, held_out {wanted}: give images of one size")
+            raise ValueError(f"{name} = {size} {unit}, held_out {wanted}: give {kind} of one size")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what KID's generator does not take.
+
+    Raises:
+        ValueError: not 0 .. 2³²-1.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: give 0 .. 2^32 - 1")
 
 
 def _check_weights(file: Path) -> None:
@@ -333,7 +405,7 @@ def _check_weights(file: Path) -> None:
         raise ValueError(f"inception_weights = {file}: no dictionary of tensors; {remedy}")
 
 
-def _ms_ssim_scales(edge: int) -> int:
+def ms_ssim_scales(edge: int) -> int:
     """The most scales at which both the paper's window fits and MONAI accepts the size."""
     fitting = [
         scales
@@ -448,11 +520,22 @@ def _distances(
     )
 
 
-def _distance_rows(distances: list[Distances], names: tuple[str, str, str, str]) -> list[list[str]]:
+def distance_rows(distances: Sequence[Distances], names: tuple[str, str, str, str]) -> list[list[str]]:
+    """Rows of a table, one column a set: :data:`EFFNET_ROWS` or :data:`INCEPTION_ROWS`."""
     frechet, kid, precision, recall = names
     return [
         [frechet, *(f"{one.fd:.2f}" for one in distances)],
         [kid, *(f"{one.kid_mean:.4f} ± {one.kid_std:.4f}" for one in distances)],
         [precision, *(f"{one.precision:.3f}" for one in distances)],
         [recall, *(f"{one.recall:.3f}" for one in distances)],
+    ]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many cells as lines: names to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        row[0].ljust(widths[0])
+        + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
     ]

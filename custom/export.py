@@ -1,4 +1,4 @@
-"""Generated slices as files for other programs: PNG, NIfTI and DICOM, all marked as synthetic."""
+"""Generated slices and volumes as files for other programs: PNG, NIfTI and DICOM, all marked as synthetic."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from custom.pictures import check_images, check_window, grey_levels, write_png
+from custom.pictures import check_images, check_window, grey_levels, middle_planes, write_png
 from medical_data.volume import Vector, Volume
 
 Format = Literal["png", "nifti", "dicom"]
+
+# Training scales every body to the frame, so a slice's pixel size is a convention.
+NOMINAL_MM: Vector = (6.0, 6.0, 6.0)
 
 
 def export_samples(
@@ -28,19 +31,23 @@ def export_samples(
 ) -> list[Path]:
     """Write every image as its own picture, volume or series; all of them or nothing.
 
-    - png: ``sample_0000.png``, 8 bit grey over the window.
-    - nifti: ``sample_0000.nii.gz``, int16 HU, one slice deep, axes x, y, z in RAS+ millimetres.
-    - dicom: ``sample_0000/*.dcm``, int16 HU, a series, study and subject of its own, SyntheticData YES.
+    - png: ``sample_0000.png``, 8 bit grey over the window; of a volume the middle planes.
+    - nifti: ``sample_0000.nii.gz``, int16 HU, a slice one voxel deep, axes x, y, z in RAS+ millimetres.
+    - dicom: ``sample_0000/*.dcm``, int16 HU, a series, study, frame of reference and subject of its own,
+      SyntheticData YES.
 
-    Samples have no true pixel size, because preprocessing scales every patient's body to the frame:
-    `spacing_mm` is nominal and lengths measured in the files mean nothing.
+    Slices have no true pixel size, because preprocessing scales every patient's body to the frame: their
+    `spacing_mm` is nominal and lengths measured in the files mean nothing. Volumes keep the size of what they
+    show: theirs is the voxel size that the model was trained at, and lengths are true.
 
     Args:
-        images: float32 [N, 1, H, W] in [-1, 1]; H grows towards the patient's Posterior, W towards Left.
+        images: float32 [N, 1, H, W] or [N, 1, D, H, W] in [-1, 1]; D grows towards the patient's Superior, H
+            towards Posterior, W towards Left.
         folder: new or empty.
         format: what to write.
         window_hu: HU that -1 and 1 stand for, as the job has it.
-        spacing_mm: nominal slice thickness and pixel size along (D, H, W) in mm.
+        spacing_mm: along (D, H, W) in mm: of volumes ``preprocess.spacing_mm``, of slices a nominal thickness
+            and pixel size.
         seed: the sampler's, which DICOM records in DerivationDescription (0008,2111).
 
     Returns:
@@ -58,15 +65,16 @@ def export_samples(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder = {folder}: not empty; choose a new one")
     hu = hounsfield(images, window_hu=window_hu)
+    stacks = hu.reshape(len(hu), *hu.shape[-3:])  # [N, D, H, W], D = 1 for slices
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         if format == "png":
-            files = _write_pngs(images, part, window_hu=window_hu)
+            files = _write_pngs(images, part, window_hu=window_hu, spacing_mm=spacing_mm)
         elif format == "nifti":
-            files = _write_niftis(hu, part, spacing_mm=spacing_mm)
+            files = _write_niftis(stacks, part, spacing_mm=spacing_mm)
         else:
-            files = _write_dicom(hu, part, spacing_mm=spacing_mm, seed=seed)
+            files = _write_dicom(stacks, part, spacing_mm=spacing_mm, seed=seed)
         part.replace(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -87,25 +95,30 @@ def hounsfield(images: NDArray[np.float32], *, window_hu: tuple[float, float]) -
     return hu.astype(np.int16)
 
 
-def _write_pngs(images: NDArray[np.float32], folder: Path, *, window_hu: tuple[float, float]) -> list[Path]:
+def _write_pngs(
+    images: NDArray[np.float32], folder: Path, *, window_hu: tuple[float, float], spacing_mm: Vector
+) -> list[Path]:
     from PIL import Image
 
     files = [folder / f"sample_{index:04d}.png" for index in range(len(images))]
-    text = {"Description": f"synthetic CT slice, no patient; window {window_hu[0]:g} to {window_hu[1]:g} HU"}
-    for levels, file in zip(grey_levels(images)[:, 0], files, strict=True):
+    what, pictures = "slice", images
+    if images.ndim == 5:
+        what, pictures = "volume (middle axial, coronal and sagittal plane)", middle_planes(images, spacing_mm)
+    text = {"Description": f"synthetic CT {what}, no patient; window {window_hu[0]:g} to {window_hu[1]:g} HU"}
+    for levels, file in zip(grey_levels(pictures)[:, 0], files, strict=True):
         write_png(Image.fromarray(levels), file, text=text)
     return files
 
 
-def _write_niftis(hu: NDArray[np.int16], folder: Path, *, spacing_mm: Vector) -> list[Path]:
+def _write_niftis(stacks: NDArray[np.int16], folder: Path, *, spacing_mm: Vector) -> list[Path]:
     """One file a sample; array axes (W, H, D) along which patient Left, Posterior and Superior grow."""
     import nibabel
 
-    files = [folder / f"sample_{index:04d}.nii.gz" for index in range(len(hu))]
-    thickness, row, column = spacing_mm
+    files = [folder / f"sample_{index:04d}.nii.gz" for index in range(len(stacks))]
+    depth, row, column = spacing_mm
     # NIfTI's world is RAS+: what grows towards Left and Posterior runs backwards in it.
-    affine = np.diag([-column, -row, thickness, 1.0])
-    for sample, file in zip(hu, files, strict=True):
+    affine = np.diag([-column, -row, depth, 1.0])
+    for sample, file in zip(stacks, files, strict=True):
         image = nibabel.Nifti1Image(np.ascontiguousarray(sample.transpose(2, 1, 0)), affine)
         image.header.set_xyzt_units("mm")
         image.header["descrip"] = b"SYNTHETIC CT, no patient"
@@ -113,7 +126,7 @@ def _write_niftis(hu: NDArray[np.int16], folder: Path, *, spacing_mm: Vector) ->
     return files
 
 
-def _write_dicom(hu: NDArray[np.int16], folder: Path, *, spacing_mm: Vector, seed: int) -> list[Path]:
+def _write_dicom(stacks: NDArray[np.int16], folder: Path, *, spacing_mm: Vector, seed: int) -> list[Path]:
     """One folder a sample, each a subject of its own.
 
     The name comes from the voxels, so that samples of two models never become one patient in an archive.
@@ -121,7 +134,7 @@ def _write_dicom(hu: NDArray[np.int16], folder: Path, *, spacing_mm: Vector, see
     from medical_data.dicom_write import Generated, write_ct_series
 
     files = []
-    for index, sample in enumerate(hu):
+    for index, sample in enumerate(stacks):
         name = f"{hashlib.sha256(sample.tobytes()).hexdigest()[:16]}-{seed}-{index:04d}"
         how = f"Sampled from a diffusion model, no patient's scan: seed {seed}, sample {index}"
         files += write_ct_series(

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from custom.config import ExperimentConfig
 from custom.masked_vector import gradient_shapes
+from custom.stages import stages
 from privacy.plan import DPPlan, SharedNoise, calibrate
 
 
@@ -24,7 +25,11 @@ def privacy_plan(experiment: ExperimentConfig) -> DPPlan | None:
     if privacy.dp == "central_secagg" and masks is not None:
         shared = SharedNoise(
             honest_sites=masks.min_survivors - masks.colluding_sites,
-            dimensions=sum(math.prod(shape) for shape in gradient_shapes(experiment).values()),
+            # Of the stage with the most: the bound grows with them.
+            dimensions=max(
+                sum(math.prod(shape) for shape in gradient_shapes(experiment, stage).values())
+                for stage in stages(experiment)
+            ),
             release_dimensions=None if privacy.mean_image is None else math.prod(experiment.image_shape),
         )
         wanted = replace(wanted, shared_noise=shared)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from custom import tasks
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.diffusion.networks import Shapes
 from custom.egress import METRIC_BOUNDS, evaluation_metrics, mean_image_shape, update_metrics
+from custom.stages import Stage, stage_of, stage_shapes, stages
 from privacy.errors import InvalidPlan
 from privacy.plan import GRID_UNITS_PER_CLIP_NORM
 from privacy.secagg.encoding import Block, Encoding, IntegerEncoding
@@ -21,14 +22,14 @@ from privacy.secagg.encoding import Block, Encoding, IntegerEncoding
 _METRIC, _PRESENT = "metric {}", "metric {} is there"
 
 
-def gradient_shapes(experiment: ExperimentConfig) -> Shapes:
-    """Names and shapes of the trained tensors, in the model's order: what is summed in a step with shared noise."""
+def gradient_shapes(experiment: ExperimentConfig, stage: Stage) -> Shapes:
+    """Names and shapes of a stage's trained tensors, in its order: what is summed in a step with shared noise."""
     patterns = ("*",) if experiment.privacy is None else experiment.privacy.trained
-    shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
+    shapes = stage_shapes(experiment, stage)
     return {name: s for name, s in shapes.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def shared_noise_encoding(experiment: ExperimentConfig, task: str) -> IntegerEncoding | None:
+def shared_noise_encoding(experiment: ExperimentConfig, task: str, round_number: int) -> IntegerEncoding | None:
     """The schema of integers that carry a share of one noise; None where a site's vector has none of it.
 
     What is decoded is a mean over the sites: of gradients, divided by qN, or of mean images, divided by N.
@@ -37,7 +38,7 @@ def shared_noise_encoding(experiment: ExperimentConfig, task: str) -> IntegerEnc
     if privacy is None or privacy.dp != "central_secagg":
         return None
     if task == tasks.TRAIN:
-        shapes, clip_norm = gradient_shapes(experiment), privacy.clip_norm
+        shapes, clip_norm = gradient_shapes(experiment, stage_of(experiment, round_number)), privacy.clip_norm
         patients = privacy.sampling_rate * privacy.patients
     elif task == tasks.RELEASE and image is not None and privacy.mean_image is not None:
         shapes, clip_norm, patients = image, privacy.mean_image.clip_norm, float(privacy.patients)
@@ -57,18 +58,20 @@ def audit_encoding(experiment: ExperimentConfig, task: str) -> IntegerEncoding |
     return IntegerEncoding(shapes=tuple(sorted(audit_shapes(experiment, task).items())), unit=1.0)
 
 
-def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -> Encoding | IntegerEncoding:
-    """The schema of what the sites sum in a task, for a roster of so many sites.
+def session_encoding(
+    experiment: ExperimentConfig, task: str, round_number: int, *, parties: int
+) -> Encoding | IntegerEncoding:
+    """The schema of what the sites sum in a task of a round, for a roster of so many sites.
 
     Raises:
         InvalidPlan: a task that sums nothing, or too many parties for the ring.
     """
-    integers = audit_encoding(experiment, task) or shared_noise_encoding(experiment, task)
+    integers = audit_encoding(experiment, task) or shared_noise_encoding(experiment, task, round_number)
     if integers is not None:
         return integers
     asked = experiment.secure_aggregation
     assert asked is not None  # noqa: S101 - whoever calls this runs a job that has the block
-    shapes, metrics = _content(experiment, task)
+    shapes, metrics = _content(experiment, task, round_number)
     bound = _mean_image_bound(experiment) if task == tasks.RELEASE else asked.update_bound
     blocks = [Block(name=name, shape=shape, bound=bound) for name, shape in sorted(shapes.items())]
     for name in sorted(metrics):
@@ -85,10 +88,12 @@ def session_encoding(experiment: ExperimentConfig, task: str, *, parties: int) -
 
 def vector_sizes(experiment: ExperimentConfig) -> frozenset[int]:
     """Coordinates of every vector that the experiment sums."""
-    summed = [tasks.TRAIN, tasks.EVALUATE] + ([] if mean_image_shape(experiment) is None else [tasks.RELEASE])
+    summed = [(tasks.TRAIN, stage.first) for stage in stages(experiment)] + [(tasks.EVALUATE, 0)]
+    if mean_image_shape(experiment) is not None:
+        summed.append((tasks.RELEASE, 0))
     if experiment.audit is not None:
-        summed = [tasks.AUDIT_RANGE, tasks.AUDIT_TUNE, tasks.AUDIT_REPORT, tasks.AUDIT_COPIES]
-    return frozenset(session_encoding(experiment, task, parties=2).size for task in summed)
+        summed = [(task, 0) for task in (tasks.AUDIT_RANGE, tasks.AUDIT_TUNE, tasks.AUDIT_REPORT, tasks.AUDIT_COPIES)]
+    return frozenset(session_encoding(experiment, *each, parties=2).size for each in summed)
 
 
 def values_of(
@@ -130,10 +135,10 @@ def _mean_image_bound(experiment: ExperimentConfig) -> float:
     return 4.0 + 10 * privacy.mean_image.noise_multiplier * privacy.mean_image.clip_norm / privacy.patients
 
 
-def _content(experiment: ExperimentConfig, task: str) -> tuple[Shapes, frozenset[str]]:
+def _content(experiment: ExperimentConfig, task: str, round_number: int) -> tuple[Shapes, frozenset[str]]:
     image = mean_image_shape(experiment)
     if task == tasks.TRAIN:
-        return parameter_shapes(experiment.network, experiment.preprocess.spatial_dims), update_metrics(experiment)
+        return stage_shapes(experiment, stage_of(experiment, round_number)), update_metrics(experiment)
     if task == tasks.EVALUATE:
         return {}, evaluation_metrics(experiment)
     if task == tasks.RELEASE and image is not None:

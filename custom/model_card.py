@@ -11,8 +11,8 @@ from privacy.audit.report.document import Audit
 
 _WHAT = {
     "weights": "The weights of a diffusion model of CT images (`model.safetensors`, its configuration inside).",
-    "dicom": "Synthetic CT slices drawn from a diffusion model (`samples/`, DICOM, marked as SyntheticData). They are "
-    "no patient's scans.",
+    "dicom": "Synthetic CT {images} drawn from a diffusion model (`samples/`, DICOM, marked as SyntheticData). They "
+    "are no patient's scans.",
 }
 
 
@@ -44,15 +44,23 @@ def model_card(
     )
     if form == "dicom":
         left_out = f"\n{withheld} samples were withheld because they are too close to a patient.\n"
-    size = "×".join([str(experiment.preprocess.size)] * experiment.preprocess.spatial_dims)
-    low, high = experiment.preprocess.window_hu
+    preprocess = experiment.preprocess
+    size = "×".join([str(preprocess.size)] * preprocess.spatial_dims)
+    low, high = preprocess.window_hu
+    images, unit, lengths = "slices", "pixels", "every body is scaled to the frame, so lengths mean nothing"
+    if preprocess.spacing_mm is not None:
+        voxel = "×".join(f"{mm:g}" for mm in preprocess.spacing_mm)
+        images, unit = "volumes", "voxels"
+        lengths = (
+            f"a voxel is {voxel} mm (D×H×W) and lengths are true: no body is scaled, a volume shows a patch of one"
+        )
     return f"""# {experiment.name}
 
-{_WHAT[form]}
+{_WHAT[form].format(images=images)}
 {left_out}
 ## What it is
 
-- {size} pixels, window {low:g} to {high:g} HU; every body is scaled to the frame, so lengths mean nothing
+- {size} {unit}, window {low:g} to {high:g} HU; {lengths}
 - trained in {model.rounds_done} rounds over the sites below; no scan left its site
 - privacy that is claimed: {claimed}
 

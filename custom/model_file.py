@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from custom.atomic import write_atomically
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.autoencoder import Autoencoder
 from custom.diffusion.schedule import Schedule, build_schedule
+from custom.stages import fresh_weights, model_autoencoder, model_denoiser, model_shapes
 from custom.strict import ConfigError
 
 EMA_PREFIX = "ema/"
@@ -41,16 +42,17 @@ class ModelFile:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
 
     def sampling_network(self) -> tuple[nn.Module, Schedule]:
-        """The network with the averaged weights, and its schedule."""
-        network = build_network(self.experiment.network, spatial_dims=self.experiment.preprocess.spatial_dims)
-        network.load_state_dict(self.ema)
-        return network, build_schedule(self.experiment.schedule)
+        """The denoiser with the averaged weights, and its schedule."""
+        return model_denoiser(self.experiment, self.ema), build_schedule(self.experiment.schedule)
+
+    def autoencoder(self) -> Autoencoder | None:
+        """The averaged autoencoder; None where images themselves are denoised."""
+        return None if self.experiment.autoencoder is None else model_autoencoder(self.experiment, self.ema)
 
 
 def initial_model(experiment: ExperimentConfig) -> ModelFile:
     """Fresh weights, which the experiment's seed determines."""
-    network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims, seed=experiment.seed)
-    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    weights = fresh_weights(experiment, seed=experiment.seed)
     return ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
 
 
@@ -90,8 +92,7 @@ def load_model(file: Path) -> ModelFile:
     )
     prefixes = (EMA_PREFIX, OPTIMIZER_PREFIX)
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
-    shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
-    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != model_shapes(experiment):
         raise ConfigError(f"model = {file}: its tensors are not those of its own experiment; fetch it again")
     return ModelFile(
         experiment=experiment,

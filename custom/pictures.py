@@ -1,7 +1,8 @@
-"""Pictures of CT slices that a person can judge: PNG grids in grey with the window written on them.
+"""Pictures of CT images that a person can judge: PNG grids in grey with the window written on them.
 
-Everything here works on images as the network sees them: float32 [N, 1, H, W] in [-1, 1], where -1 is the
-lower and 1 the upper end of the window in HU.
+Everything here works on images as the network sees them: float32 in [-1, 1], where -1 is the lower and 1 the
+upper end of the window in HU; slices [N, 1, H, W], or volumes [N, 1, D, H, W], which :func:`viewable` makes
+into one picture each.
 """
 
 from __future__ import annotations
@@ -18,28 +19,37 @@ from custom.atomic import write_atomically
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from medical_data.preprocess import PreprocessConfig
+    from medical_data.volume import Vector
+
+SHAPES = {2: "[N, 1, H, W]", 3: "[N, 1, D, H, W]"}
 # Room for float32 rounding of a clamped sample; anything further out was never brought into the window.
 RANGE_TOLERANCE = 1e-5
-# Edge in pixels to which small slices are enlarged: whole factors, nearest neighbour, no invented detail.
+# Height in pixels to which small images are enlarged: whole factors, nearest neighbour, no invented detail.
 VISIBLE_EDGE = 128
 GAP = 2
+# Between pictures of several planes, so that a gap inside one is not taken for its end.
+WIDE_GAP = 12
 BACKGROUND = 32
 INK = 230
 FONT_SIZE = 16
 
 
-def check_images(images: NDArray[np.float32], *, name: str) -> None:
-    """Refuse what is not a non-empty set of windowed slices.
+def check_images(images: NDArray[np.float32], *, name: str, spatial_dims: tuple[int, ...] = (2, 3)) -> None:
+    """Refuse what is not a non-empty set of windowed images.
 
     Args:
-        images: float32 [N, 1, H, W], finite, in [-1, 1].
+        images: float32 [N, 1, H, W] or [N, 1, D, H, W], finite, in [-1, 1].
         name: the argument to name in the error.
+        spatial_dims: which of the two are meant: 2 for slices, 3 for volumes.
 
     Raises:
         ValueError: dtype, shape, non-finite pixels or range; names argument, value and remedy.
     """
-    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1] != 1 or images.size == 0:
-        raise ValueError(f"{name} = {images.dtype} {images.shape}: give non-empty float32 [N, 1, H, W]")
+    fits = images.ndim - 2 in spatial_dims and images.shape[1] == 1 and images.size > 0
+    if images.dtype != np.float32 or not fits:
+        shapes = " or ".join(SHAPES[dims] for dims in spatial_dims)
+        raise ValueError(f"{name} = {images.dtype} {images.shape}: give non-empty float32 {shapes}")
     low, high = float(images.min()), float(images.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} holds non-finite pixels: check the sampler before judging its images")
@@ -69,6 +79,68 @@ def grey_levels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return levels.astype(np.uint8)
 
 
+def viewable(images: NDArray[np.float32], preprocess: PreprocessConfig) -> NDArray[np.float32]:
+    """Images as the grids here take them: slices unchanged, of each volume its three middle planes.
+
+    Args:
+        images: float32 [N, 1, *spatial] in [-1, 1], as preprocessing or a model gives them.
+        preprocess: how they were made.
+
+    Returns:
+        float32 [N, 1, h, w] in [-1, 1], of volumes as :func:`middle_planes` lays them out.
+
+    Raises:
+        ValueError: impossible images, or not of these dimensions.
+    """
+    check_images(images, name="images", spatial_dims=(preprocess.spatial_dims,))
+    return images if preprocess.spacing_mm is None else middle_planes(images, preprocess.spacing_mm)
+
+
+def middle_planes(volumes: NDArray[np.float32], spacing_mm: Vector) -> NDArray[np.float32]:
+    """The middle axial, coronal and sagittal plane of each volume side by side, in true proportions.
+
+    A pixel is a square of the finest of the three spacings, so that no slice is lost; coarser axes are
+    interpolated linearly. Superior is up in the coronal and the sagittal plane, Anterior in the axial one and on
+    the left of the sagittal one; the patient's Left is on the right.
+
+    Args:
+        volumes: float32 [N, 1, D, H, W] in [-1, 1]; D grows to Superior, H to Posterior, W to Left.
+        spacing_mm: voxel size along (D, H, W) in mm.
+
+    Returns:
+        float32 [N, 1, h, w] in [-1, 1]; between and beside the planes the grey of the grids.
+
+    Raises:
+        ValueError: impossible volumes.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    check_images(volumes, name="volumes", spatial_dims=(3,))
+    depth, height, width = (
+        round(count * mm / min(spacing_mm)) for count, mm in zip(volumes.shape[2:], spacing_mm, strict=True)
+    )
+    upright = np.flip(volumes, axis=2)
+    middle = [count // 2 for count in volumes.shape[2:]]
+    planes = [
+        interpolate(torch.from_numpy(plane.copy()), size=size, mode="bilinear").numpy()
+        for plane, size in (
+            (volumes[:, :, middle[0]], (height, width)),
+            (upright[:, :, :, middle[1]], (depth, width)),
+            (upright[..., middle[2]], (depth, height)),
+        )
+    ]
+    tallest, row = max(depth, height), width + GAP + width + GAP + height
+    picture = np.full((len(volumes), 1, tallest, row), BACKGROUND / 127.5 - 1, np.float32)
+    left = 0
+    for plane in planes:
+        high, wide = plane.shape[2:]
+        top = (tallest - high) // 2
+        picture[:, :, top : top + high, left : left + wide] = plane
+        left += wide + GAP
+    return picture
+
+
 def sample_grid(
     images: NDArray[np.float32],
     file: Path,
@@ -80,11 +152,12 @@ def sample_grid(
     """Write the images row by row as one PNG, under a title and above the window.
 
     Args:
-        images: float32 [N, 1, H, W] in [-1, 1]; slices below 128 pixels are enlarged by a whole factor.
+        images: float32 [N, 1, H, W] in [-1, 1], of volumes :func:`viewable`; images lower than 128 pixels are
+            enlarged by a whole factor.
         file: the PNG, written atomically; missing folders are made.
         title: one line, latin-1.
         window_hu: HU of black and of white.
-        columns: images in a row.
+        columns: images in a row; fewer where they are wider than high.
 
     Raises:
         ValueError: impossible images, window or number of columns.
@@ -100,23 +173,23 @@ def real_and_generated(
     window_hu: tuple[float, float],
     columns: int = 4,
 ) -> None:
-    """Write held-out slices and generated ones side by side as one PNG.
+    """Write held-out images and generated ones side by side as one PNG.
 
     The left panel shows patients: such a picture is patient data and stays where the patients' scans may be.
 
     Args:
-        real: float32 [N, 1, H, W] in [-1, 1], slices of held-out patients.
+        real: float32 [N, 1, H, W] in [-1, 1], images of held-out patients; of volumes :func:`viewable`.
         generated: float32 [M, 1, H, W] in [-1, 1], the same H and W.
         file: the PNG, written atomically; missing folders are made.
         window_hu: HU of black and of white.
-        columns: images in a row of each panel.
+        columns: images in a row of each panel; fewer where they are wider than high.
 
     Raises:
-        ValueError: impossible images, window or number of columns, or slices of different sizes.
+        ValueError: impossible images, window or number of columns, or images of different sizes.
     """
     if real.shape[1:] != generated.shape[1:]:
         sizes = f"real {real.shape[1:]}, generated {generated.shape[1:]}"
-        raise ValueError(f"{sizes}: give slices of one size")
+        raise ValueError(f"{sizes}: give images of one size")
     panels = [("held-out patients (real)", real), ("generated", generated)]
     grids(panels, file, window_hu=window_hu, columns=columns)
 
@@ -143,10 +216,11 @@ def grids(
     """Write several sets of images side by side as one PNG, each under its title.
 
     Args:
-        panels: title, one line in latin-1, and images, float32 [N, 1, H, W] in [-1, 1].
+        panels: title, one line in latin-1, and images, float32 [N, 1, H, W] in [-1, 1]; of volumes
+            :func:`viewable`.
         file: the PNG, written atomically; missing folders are made.
         window_hu: HU of black and of white.
-        columns: images in a row of each panel.
+        columns: images in a row of each panel; fewer where they are wider than high.
 
     Raises:
         ValueError: impossible images, window or number of columns.
@@ -156,6 +230,8 @@ def grids(
     check_window(window_hu)
     if columns < 1:
         raise ValueError(f"columns = {columns}: give at least 1")
+    for title, images in panels:
+        check_images(images, name=title, spatial_dims=(2,))
     window = f"window {window_hu[0]:g} to {window_hu[1]:g} HU"
     font = ImageFont.load_default(size=FONT_SIZE)
     montages = [_montage(grey_levels(images)[:, 0], columns=columns) for _, images in panels]
@@ -177,15 +253,16 @@ def grids(
     write_png(canvas, file, text={"Description": ", ".join(title for title, _ in panels) + f"; {window}"})
 
 
-def _montage(slices: NDArray[np.uint8], *, columns: int) -> NDArray[np.uint8]:
-    """Slices [N, H, W] in rows of `columns`, enlarged, with gaps between them."""
-    count, height, width = slices.shape
-    factor = max(1, VISIBLE_EDGE // max(height, width))
-    columns = min(columns, count)
+def _montage(images: NDArray[np.uint8], *, columns: int) -> NDArray[np.uint8]:
+    """Images [N, H, W] in rows of `columns` squares, enlarged, with gaps between them."""
+    count, height, width = images.shape
+    factor = max(1, VISIBLE_EDGE // height)
+    gap = GAP if width <= height else WIDE_GAP
+    columns = min(-(-columns * height // width), count)
     rows = -(-count // columns)
-    high, wide = height * factor + GAP, width * factor + GAP
-    montage = np.full((rows * high - GAP, columns * wide - GAP), BACKGROUND, np.uint8)
-    for index, one in enumerate(slices.repeat(factor, axis=1).repeat(factor, axis=2)):
+    high, wide = height * factor + gap, width * factor + gap
+    montage = np.full((rows * high - gap, columns * wide - gap), BACKGROUND, np.uint8)
+    for index, one in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
         top, left = index // columns * high, index % columns * wide
-        montage[top : top + high - GAP, left : left + wide - GAP] = one
+        montage[top : top + high - gap, left : left + wide - gap] = one
     return montage

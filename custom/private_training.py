@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from custom.config import ExperimentConfig
-from custom.diffusion.loss import denoising_loss
-from custom.diffusion.networks import build_network
-from custom.diffusion.schedule import Schedule, build_schedule
+from custom.diffusion.objective import Objective
 from custom.privacy_config import MeanImageConfig
+from custom.stages import stage_objective, stage_of
 from custom.strict import require
-from custom.training import TrainingDiverged, learning_rate, restore_optimizer, stored_optimizer
+from custom.training import TrainingDiverged, differences, learning_rate, restore_optimizer, stored_optimizer
 from medical_data.cohort import Cohort
 from privacy.accounting import SampledGaussian
 from privacy.dpsgd import PatientSGD, noisy_clipped_sum, release_share
@@ -39,7 +39,8 @@ class PrivateUpdate:
     """Result of one local round.
 
     Attributes:
-        difference: local minus global weights, float32 on the CPU, by name; zero where nothing is trained.
+        difference: local minus global weights of the round's stage, float32 on the CPU, by name; zero where nothing is
+            trained.
         state: for the site's own state: AdamW's moments and step counts by name, and an adaptive clip norm.
         event: the steps that ran, for the ledger.
     """
@@ -66,9 +67,9 @@ def train_private_round(
     """Train the global weights on one site's training patients with DP-SGD.
 
     Args:
-        cohort: the site's images.
+        cohort: the site's images, or their latents where the round's stage denoises these.
         weights: global weights by name.
-        state: as :attr:`PrivateUpdate.state` of the site's last charged round; empty in its first.
+        state: as :attr:`PrivateUpdate.state` of the site's last charged round of this stage; empty in its first.
         config: the experiment, with a privacy block.
         plan: its calibrated plan.
         round_number: from 0.
@@ -84,17 +85,17 @@ def train_private_round(
         ConfigError: patterns of trained parameters that fit none.
     """
     assert config.privacy is not None  # noqa: S101 - it has a plan
-    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
-    network.load_state_dict(dict(weights))
-    network.train()
+    stage = stage_of(config, round_number)
+    objective = stage_objective(config, stage, weights, device)
+    network = objective.network.train()
     parameters = trained_parameters(network, config.privacy.trained)
-    training = config.training
+    training = stage.training
     optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
     restore_optimizer(optimizer, parameters, {name: t for name, t in state.items() if name != CLIP_NORM})
     sgd = PatientSGD(
         parameters=parameters,
         optimizer=optimizer,
-        loss=patient_loss(network, build_schedule(config.schedule)),
+        loss=patient_loss(objective),
         plan=plan,
         patients=len(training_patients(cohort)),
         chunk_size=patients_in_memory,
@@ -102,14 +103,14 @@ def train_private_round(
         randomness=randomness,
     )
     seed = secrets.randbits(63) if draws_seed is None else draws_seed
-    draw = PatientDraws(cohort, plan, config.schedule.timesteps, torch.Generator().manual_seed(seed), device)
+    draw = PatientDraws(cohort, plan, objective, torch.Generator().manual_seed(seed), device)
     for step in range(plan.config.steps_per_round):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, round_number * training.steps_per_round + step)
+            group["lr"] = learning_rate(stage, round_number, step)
         sgd.step(draw)
         if progress is not None:
             progress(step + 1)
-    difference = {name: tensor.detach().cpu() - weights[name] for name, tensor in network.state_dict().items()}
+    difference = differences(network, stage, weights)
     if not all(bool(tensor.isfinite().all()) for tensor in difference.values()):
         raise TrainingDiverged("weights = not finite: lower training.learning_rate")
     (event,) = sgd.events
@@ -125,6 +126,7 @@ def shared_gradient(
     weights: Mapping[str, Tensor],
     config: ExperimentConfig,
     plan: DPPlan,
+    round_number: int,
     device: torch.device,
     patients_in_memory: int,
     sites: int,
@@ -134,7 +136,7 @@ def shared_gradient(
     """One site's part of one step with shared noise: its patients' clipped gradients, summed, with its share.
 
     Args:
-        cohort, weights, config, plan, device, patients_in_memory, randomness, draws_seed: as in
+        cohort, weights, config, plan, round_number, device, patients_in_memory, randomness, draws_seed: as in
             :func:`train_private_round`.
         sites: on the roster of the sum.
 
@@ -145,21 +147,19 @@ def shared_gradient(
         int64 [d], as :meth:`privacy.dpsgd.PatientSGD.share`; leaves under secure aggregation only.
     """
     assert config.privacy is not None  # noqa: S101 - it has a plan
-    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
-    network.load_state_dict(dict(weights))
-    network.train()
-    parameters = trained_parameters(network, config.privacy.trained)
+    objective = stage_objective(config, stage_of(config, round_number), weights, device)
+    parameters = trained_parameters(objective.network.train(), config.privacy.trained)
     sgd = PatientSGD(
         parameters=parameters,
         optimizer=torch.optim.SGD(parameters.values()),  # makes no step
-        loss=patient_loss(network, build_schedule(config.schedule)),
+        loss=patient_loss(objective),
         plan=plan,
         patients=len(training_patients(cohort)),
         chunk_size=patients_in_memory,
         randomness=randomness,
     )
     seed = secrets.randbits(63) if draws_seed is None else draws_seed
-    draw = PatientDraws(cohort, plan, config.schedule.timesteps, torch.Generator().manual_seed(seed), device)
+    draw = PatientDraws(cohort, plan, objective, torch.Generator().manual_seed(seed), device)
     return sgd.share(draw, sites=sites)
 
 
@@ -179,15 +179,14 @@ def trained_parameters(network: nn.Module, patterns: Sequence[str]) -> dict[str,
     return trained
 
 
-def patient_loss(network: nn.Module, schedule: Schedule) -> Callable[..., Tensor]:
+def patient_loss(objective: Objective) -> Callable[..., Tensor]:
     """The loss of one patient's draws, [K], as :class:`privacy.dpsgd.PatientSGD` calls it."""
 
     def loss(parameters: Mapping[str, Tensor], x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
-            output: Tensor = functional_call(network, dict(parameters), (), {"x": x, "timesteps": timesteps})
-            return output
+        def call(**inputs: Tensor) -> Any:
+            return functional_call(objective.network, dict(parameters), (), inputs)
 
-        return denoising_loss(denoiser, schedule, x0, noise, timesteps)
+        return objective.loss(call, x0, noise, timesteps)
 
     return loss
 
@@ -206,23 +205,23 @@ class PatientDraws:
     Args:
         cohort: the site's images.
         plan: has K.
-        timesteps: T.
+        objective: for which they are.
         generator: of everything drawn here.
         device: where the draws go.
     """
 
     def __init__(
-        self, cohort: Cohort, plan: DPPlan, timesteps: int, generator: torch.Generator, device: torch.device
+        self, cohort: Cohort, plan: DPPlan, objective: Objective, generator: torch.Generator, device: torch.device
     ) -> None:
         self._images = cohort.images
         self._rows = [np.flatnonzero(cohort.patient == patient) for patient in training_patients(cohort)]
         self._draws = plan.config.draws_per_patient
-        self._timesteps = timesteps
+        self._objective = objective
         self._generator = generator
         self._device = device
 
     def __call__(self, patients: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [b, K, 1, *spatial], standard normal noise of that shape, timesteps int64 [b, K].
+        """Images [b, K, C, *spatial], standard normal noise, timesteps int64 [b, K].
 
         Args:
             patients: places in the list of training patients, [b].
@@ -232,8 +231,9 @@ class PatientDraws:
             [self._rows[p][(u * len(self._rows[p])).astype(int)] for p, u in zip(patients, places.numpy(), strict=True)]
         )
         x0 = torch.from_numpy(self._images[rows])
-        noise = torch.randn(x0.shape, generator=self._generator)
-        timesteps = (self._spread(len(patients)) * self._timesteps).long()
+        shape = (*x0.shape[:2], *self._objective.noise_shape(x0.shape[2:]))
+        noise = torch.randn(shape, generator=self._generator)
+        timesteps = (self._spread(len(patients)) * self._objective.timesteps).long()
         return x0.to(self._device), noise.to(self._device), timesteps.to(self._device)
 
     def _spread(self, patients: int) -> Tensor:

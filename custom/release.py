@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from custom.audit_evidence import claimed_privacy, model_identity
 from custom.drawing import draw
-from custom.export import export_samples
+from custom.export import NOMINAL_MM, export_samples
 from custom.model_card import model_card
 from custom.model_file import ModelFile
 from custom.run_folder import file_sha256
@@ -27,8 +27,6 @@ from privacy.errors import PrivacyError
 
 Form = Literal["weights", "dicom"]
 
-# Training scales every body to the frame: the pixel size that is written is nominal.
-NOMINAL_MM = (6.0, 6.0, 6.0)
 WORST_FIRST: tuple[Verdict, ...] = ("INVALID", "RED", "AMBER", "GREEN")
 
 
@@ -111,7 +109,7 @@ def release(
 
     Raises:
         ReleaseRefused: as :func:`check_release`; a checkpoint; a model that is not what the file holds; an audit that
-            says of the model what it is not; a file that changes meanwhile; samples that were not screened; or volumes.
+            says of the model what it is not; a file that changes meanwhile; or samples that were not screened.
     """
     _demand(not out.exists(), "out", str(out), "choose a folder that is new")
     sha256 = file_sha256(file)
@@ -156,8 +154,6 @@ def release(
 def _write_samples(
     model: ModelFile, evidence: Evidence, folder: Path, count: int, device: torch.device, progress: bool
 ) -> list[int]:
-    dims = model.experiment.preprocess.spatial_dims
-    _demand(dims == 2, "spatial_dims", dims, "a synthetic set is of slices; release the weights of a 3D model")
     screened = min((copies.samples for copies in evidence.copies), default=0)
     _demand(screened > 0, "audit: copies", 0, "no samples were screened; audit with samples above 0")
     remedy = f"the audit screened samples 0 … {screened - 1}; ask for fewer, or audit more"
@@ -166,13 +162,14 @@ def _write_samples(
     _demand(len(withheld) < count, "--count", count, "every one of them is withheld as too close to a patient")
     images = draw(model, count=count, device=device, progress=progress).copy()
     images[withheld] = -1.0  # blank, so that none of them is ever on disk
+    preprocess = model.experiment.preprocess
     # All are exported and the blank ones removed, so that names and DerivationDescription give a sample's true index.
     export_samples(
         images,
         folder,
         format="dicom",
-        window_hu=model.experiment.preprocess.window_hu,
-        spacing_mm=NOMINAL_MM,
+        window_hu=preprocess.window_hu,
+        spacing_mm=preprocess.spacing_mm or NOMINAL_MM,
         seed=model.experiment.seed,
     )
     for index in withheld:

@@ -1,4 +1,4 @@
-"""The optimiser's step at the server, where sites sum gradients instead of sending weight differences."""
+"""The model after a round: the sites' mean difference added, or a step of the server's along their gradient."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from custom.diffusion.ema import updated_ema
 from custom.model_file import ModelFile
+from custom.stages import stage_of
 from custom.training import learning_rate, restore_optimizer, stored_optimizer
+
+
+def moved(model: ModelFile, difference: Mapping[str, NDArray[np.float32]]) -> ModelFile:
+    """The model with a mean difference added to the tensors of its stage.
+
+    Args:
+        model: before.
+        difference: by name.
+    """
+    return _advanced(model, {name: model.weights[name] + torch.tensor(array) for name, array in difference.items()})
 
 
 def stepped(model: ModelFile, gradient: Mapping[str, NDArray[np.float32]]) -> ModelFile:
@@ -22,22 +33,30 @@ def stepped(model: ModelFile, gradient: Mapping[str, NDArray[np.float32]]) -> Mo
         model: before, with the optimiser's state of earlier steps.
         gradient: by name; already noised, so that whatever is made of it costs no privacy.
     """
-    training = model.experiment.training
+    stage = stage_of(model.experiment, model.rounds_done)
     trained = {name: nn.Parameter(model.weights[name].clone()) for name in gradient}
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=training.weight_decay)
-    restore_optimizer(optimizer, trained, model.optimizer)
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=stage.training.weight_decay)
+    restore_optimizer(optimizer, trained, model.optimizer if model.rounds_done > stage.first else {})
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(model.experiment, model.rounds_done)
+        group["lr"] = learning_rate(stage, model.rounds_done, 0)
     for name, parameter in trained.items():
         parameter.grad = torch.from_numpy(gradient[name])
     optimizer.step()
-    weights = {**model.weights, **{name: parameter.detach() for name, parameter in trained.items()}}
-    # The average starts at the first trained model, not at noise.
-    decay = model.experiment.federation.server_ema if model.rounds_done else 0.0
+    changed = {name: parameter.detach() for name, parameter in trained.items()}
+    return replace(_advanced(model, changed), optimizer=stored_optimizer(optimizer, trained))
+
+
+def _advanced(model: ModelFile, changed: Mapping[str, Tensor]) -> ModelFile:
+    """The model a round later; what a finished stage trained stays at its average from then on."""
+    stage = stage_of(model.experiment, model.rounds_done)
+    # The average starts at the stage's first trained weights, not at noise.
+    decay = model.experiment.federation.server_ema if model.rounds_done > stage.first else 0.0
+    average = updated_ema({name: model.ema[name] for name in changed}, changed, decay)
+    done = stage.name == "autoencoder" and model.rounds_done + 1 == stage.first + stage.rounds
     return replace(
         model,
         rounds_done=model.rounds_done + 1,
-        weights=weights,
-        ema=updated_ema(model.ema, weights, decay),
-        optimizer=stored_optimizer(optimizer, trained),
+        weights={**model.weights, **(average if done else changed)},
+        ema={**model.ema, **average},
+        optimizer={},
     )

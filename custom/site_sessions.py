@@ -132,7 +132,9 @@ class SiteSessions:
 
     def share(self, session: Session, roster: Roster) -> tuple[Sealed, ...]:
         """Deal out shares to the roster; raises as :meth:`Client.share`."""
-        size = session_encoding(self.experiment, session.task, parties=max(len(roster.adverts), 2)).size
+        size = session_encoding(
+            self.experiment, session.task, session.round_number, parties=max(len(roster.adverts), 2)
+        ).size
         with self._kept(session) as client:
             return client.share(roster, size=size)
 
@@ -208,7 +210,7 @@ class Masking:
 
     def values(self, arrays: Mapping[str, NDArray[Any]], metrics: Mapping[str, float], weight: float) -> Vector:
         """The masked vector of real numbers, once; raises as :meth:`Encoding.encode` and :meth:`Client.mask`."""
-        schema = session_encoding(self.sessions.experiment, self.session.task, parties=self.sites)
+        schema = self._schema()
         if isinstance(schema, IntegerEncoding):
             raise EncodingRefused(argument="values", value="no noise", remedy="this job's vectors carry shared noise")
         values = values_of(schema, arrays, metrics)
@@ -217,8 +219,12 @@ class Masking:
 
     def integers(self, integers: NDArray[np.int64]) -> Vector:
         """The masked vector of integers that carry noise, once; raises as :meth:`IntegerEncoding.encode`."""
-        schema = session_encoding(self.sessions.experiment, self.session.task, parties=self.sites)
+        schema = self._schema()
         if isinstance(schema, Encoding):
             raise EncodingRefused(argument="integers", value="noise", remedy="this job's vectors carry none of it")
         vector = schema.encode(integers)
         return self.sessions.masked(self.session, self.masks, lambda masks: np.add(masks, vector, out=masks))
+
+    def _schema(self) -> Encoding | IntegerEncoding:
+        session = self.session
+        return session_encoding(self.sessions.experiment, session.task, session.round_number, parties=self.sites)

@@ -40,9 +40,14 @@ class SiteState:
                 raise ValueError(f"{argument} = {value!r}: give letters, digits, '_' and '-' only")
         return cls(home / (PRIVATE_STATE if private else STATE) / experiment / run_id)
 
-    def before(self, round_number: int) -> dict[str, Tensor]:
-        """Tensors at the end of the newest earlier round this site took part in; empty if there is none."""
-        earlier = [r for r in self._rounds() if r < round_number]
+    def before(self, round_number: int, *, since: int = 0) -> dict[str, Tensor]:
+        """Tensors at the end of the newest earlier round this site took part in; empty if there is none.
+
+        Args:
+            round_number: before which.
+            since: first round that counts; those before it trained another network.
+        """
+        earlier = [r for r in self._rounds() if since <= r < round_number]
         return dict(load_file(self._file(max(earlier)))) if earlier else {}
 
     def save(self, round_number: int, tensors: dict[str, Tensor]) -> None:

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from custom.config import ExperimentConfig
-from custom.device import mixed_precision
-from custom.diffusion.loss import denoising_loss
-from custom.diffusion.networks import build_network
-from custom.diffusion.schedule import Schedule, build_schedule
+from custom.device import images_at_once, mixed_precision
+from custom.diffusion.objective import Objective
+from custom.site_file import HardwareConfig, Precision
+from custom.stages import Stage, stage_objective, stage_of
 from medical_data.cohort import Cohort
 
 HELD_OUT_IMAGES = 64
+HELD_OUT_BATCH = 16
 HELD_OUT_SEED = 20_201_219  # the same noise in every round and at every site, so that losses can be compared
 
 Progress = Callable[[int, float], None]
@@ -35,7 +36,7 @@ class LocalUpdate:
     """Result of one local round.
 
     Attributes:
-        difference: local minus global weights, float32 on the CPU, by name.
+        difference: local minus global weights of the round's stage, float32 on the CPU, by name.
         optimizer: AdamW's moments and step counts by name, for the site's own state.
         metrics: ``train_loss`` (mean over the round), ``held_out_loss`` (of the global weights that came in, on the
             site's held-out patients) and ``seconds``.
@@ -55,6 +56,7 @@ def train_round(
     site: str,
     round_number: int,
     device: torch.device,
+    hardware: HardwareConfig | None = None,
     progress: Progress | None = None,
 ) -> LocalUpdate:
     """Train the global weights on one site's training patients.
@@ -63,26 +65,32 @@ def train_round(
     as one whose process lives on.
 
     Args:
-        cohort: the site's images.
+        cohort: the site's images, or their latents where the round's stage denoises these.
         weights: global weights by name.
-        optimizer_state: as :attr:`LocalUpdate.optimizer` of the site's last round; empty in its first.
+        optimizer_state: as :attr:`LocalUpdate.optimizer` of the site's last round of this stage; empty in its first.
         config: the experiment.
         site: the site's name.
         round_number: from 0.
         device: where to compute.
+        hardware: the site's, for checkpointing and precision; None for the defaults.
         progress: called with (steps done, mean loss so far) after each step.
 
     Raises:
         TrainingDiverged: a loss that is not finite.
     """
     start = time.monotonic()
-    schedule = build_schedule(config.schedule)
-    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
-    network.load_state_dict(dict(weights))
-    held_out = held_out_loss(network, schedule, cohort, device)
+    hardware = HardwareConfig() if hardware is None else hardware
+    stage = stage_of(config, round_number)
+    objective = stage_objective(config, stage, weights, device)
+    network = objective.network
+    held_out = held_out_loss(objective, cohort, device)
 
     network.train()
-    training = config.training
+    if hardware.checkpointing:
+        from custom.diffusion.checkpointing import checkpointed
+
+        checkpointed(network)
+    training = stage.training
     assert training.batch_size is not None  # noqa: S101 - only a job with differential privacy has none
     parameters = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -93,46 +101,54 @@ def train_round(
     draw = _PatientSampler(cohort, generator)
     total = torch.zeros((), device=device)
     for step in range(training.steps_per_round):
-        rate = learning_rate(config, round_number * training.steps_per_round + step)
+        rate = learning_rate(stage, round_number, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         x0 = draw(training.batch_size).to(device)
-        total += denoising_step(network, schedule, optimizer, x0, generator, gradient_clip=training.gradient_clip)
+        total += training_step(
+            objective,
+            optimizer,
+            x0,
+            generator,
+            gradient_clip=training.gradient_clip,
+            precision=hardware.precision,
+        )
         if progress is not None:
             progress(step + 1, float(total) / (step + 1))
     train_loss = float(total) / training.steps_per_round
     if not math.isfinite(train_loss):
         raise TrainingDiverged(f"train_loss = {train_loss}: lower training.learning_rate or training.gradient_clip")
     return LocalUpdate(
-        difference={name: tensor.detach().cpu() - weights[name] for name, tensor in network.state_dict().items()},
+        difference=differences(network, stage, weights),
         optimizer=stored_optimizer(optimizer, parameters),
         metrics={"train_loss": train_loss, "held_out_loss": held_out, "seconds": time.monotonic() - start},
     )
 
 
-def denoising_step(
-    network: nn.Module,
-    schedule: Schedule,
+def training_step(
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     x0: Tensor,
     generator: torch.Generator,
     *,
     gradient_clip: float | None,
+    precision: Precision = "auto",
 ) -> Tensor:
-    """One optimizer step on the mean loss of images [B, 1, *spatial], with fresh noise and timesteps; returns the loss.
+    """One optimizer step on the mean loss of images [B, C, *spatial], with fresh noise and timesteps; returns the loss.
 
     Args:
-        network: on the images' device.
-        schedule: forward process and prediction type.
+        objective: its network is on the images' device.
         optimizer: of the network.
-        x0: images in [-1, 1].
+        x0: images in [-1, 1], or latents.
         generator: of noise and timesteps, on the CPU.
         gradient_clip: bound on the L2 norm of the gradient, or None.
+        precision: of the arithmetic.
     """
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    timesteps = torch.randint(schedule.config.timesteps, (len(x0),), generator=generator).to(x0.device)
-    with mixed_precision(x0.device):
-        loss = denoising_loss(network, schedule, x0, noise, timesteps).mean()
+    network = objective.network
+    noise = torch.randn((len(x0), *objective.noise_shape(x0.shape[1:])), generator=generator).to(x0.device)
+    timesteps = torch.randint(objective.timesteps, (len(x0),), generator=generator).to(x0.device)
+    with mixed_precision(x0.device, precision):
+        loss = objective.loss(network, x0, noise, timesteps).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     if gradient_clip is not None:
@@ -141,31 +157,47 @@ def denoising_step(
     return loss.detach()
 
 
-def learning_rate(config: ExperimentConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero over all rounds (arXiv:1608.03983, eq. 5 without restarts)."""
-    training = config.training
+def differences(network: nn.Module, stage: Stage, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A trained network minus the weights it began with, on the CPU, by their names in messages."""
+    trained = {stage.prefix + name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    return {name: tensor - weights[name] for name, tensor in trained.items()}
+
+
+def learning_rate(stage: Stage, round_number: int, step: int) -> float:
+    """Linear warm-up, then a cosine to zero over the stage's rounds (arXiv:1608.03983, eq. 5 without restarts).
+
+    Args:
+        stage: of the round.
+        round_number: of the run.
+        step: of the round, from 0.
+    """
+    training = stage.training
+    step += (round_number - stage.first) * training.steps_per_round
     warm_up = min(1.0, (step + 1) / (training.warmup_steps + 1))
-    return training.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / config.total_steps))
+    return training.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / stage.total_steps))
 
 
 @torch.no_grad()
-def held_out_loss(network: nn.Module, schedule: Schedule, cohort: Cohort, device: torch.device) -> float:
-    """Denoising loss on the site's held-out patients.
+def held_out_loss(objective: Objective, cohort: Cohort, device: torch.device) -> float:
+    """Loss on the site's held-out patients.
 
     Images spread evenly over the patients, one timestep each, spread evenly over the schedule, and noise from a
-    fixed seed: a low-variance figure that is comparable between rounds.
+    fixed seed: a low-variance figure that is comparable between rounds of a stage.
     """
-    network.eval()
+    objective.network.eval()
     rows = cohort.rows("held_out")
     rows = rows[np.linspace(0, len(rows) - 1, min(HELD_OUT_IMAGES, len(rows))).round().astype(int)]
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     x0 = torch.from_numpy(cohort.images[rows])
-    noise = torch.randn(x0.shape, generator=generator)
+    noise = torch.randn((len(x0), *objective.noise_shape(x0.shape[1:])), generator=generator)
     spread = (torch.arange(len(x0)) + 0.5) / len(x0)
-    timesteps = (spread * schedule.config.timesteps).long()[torch.randperm(len(x0), generator=generator)]
+    timesteps = (spread * objective.timesteps).long()[torch.randperm(len(x0), generator=generator)]
+    batch = min(HELD_OUT_BATCH, images_at_once(x0.shape[1:]))
     losses = [
-        denoising_loss(network, schedule, *(tensor[first : first + 16].to(device) for tensor in (x0, noise, timesteps)))
-        for first in range(0, len(x0), 16)
+        objective.loss(
+            objective.network, *(tensor[first : first + batch].to(device) for tensor in (x0, noise, timesteps))
+        )
+        for first in range(0, len(x0), batch)
     ]
     return float(torch.cat(losses).mean())
 

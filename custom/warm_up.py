@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import build_network
-from custom.diffusion.schedule import build_schedule
-from custom.training import denoising_step
+from custom.stages import stage_objective, stage_of
+from custom.training import training_step
 
 LEARNING_RATE = 2e-3
 GRADIENT_CLIP = 1.0
@@ -56,10 +55,8 @@ def warmed_up(
     """
     assert config.privacy is not None and config.privacy.mean_image is not None  # noqa: S101, PT018
     steps = config.privacy.mean_image.warm_up_steps
-    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims).to(device)
-    network.load_state_dict(dict(weights))
-    network.train()
-    schedule = build_schedule(config.schedule)
+    objective = stage_objective(config, stage_of(config, 0), weights, device)
+    network = objective.network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(config.seed)
     pool = variants(image, count=min(VARIANTS, steps * BATCH_SIZE), seed=config.seed)
@@ -67,7 +64,7 @@ def warmed_up(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         x0 = pool[torch.randint(len(pool), (BATCH_SIZE,), generator=generator)].to(device)
-        denoising_step(network, schedule, optimizer, x0, generator, gradient_clip=GRADIENT_CLIP)
+        training_step(objective, optimizer, x0, generator, gradient_clip=GRADIENT_CLIP)
     return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from custom.config import (
+    AutoencoderConfig,
     ExperimentConfig,
     FederationConfig,
     NetworkConfig,
@@ -47,6 +48,20 @@ def experiment() -> ExperimentConfig:
         training=TrainingConfig(steps_per_round=3, batch_size=4, warmup_steps=0, gradient_clip=1.0),
         federation=FederationConfig(rounds=2, round_timeout_s=120),
         sampling=SamplingConfig(steps=4, grid_images=4, evaluation_images=24),
+    )
+
+
+@pytest.fixture(scope="session")
+def latent_experiment(experiment: ExperimentConfig) -> ExperimentConfig:
+    """The same on the latents of an autoencoder, which its first of two rounds trains."""
+    return replace(
+        experiment,
+        autoencoder=AutoencoderConfig(
+            channels=(8, 8),
+            latent_channels=2,
+            rounds=1,
+            training=TrainingConfig(steps_per_round=3, batch_size=4, warmup_steps=0, learning_rate=0.01),
+        ),
     )
 
 

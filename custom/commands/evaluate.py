@@ -13,9 +13,9 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="compare a model's samples with held-out patients",
-        description="Draw samples from a model and compare them with the held-out patients of a site: EffNet-KID and "
-        "-FD, precision and recall, MS-SSIM diversity, beside real training patients (what perfection would score) "
-        "and the untrained network.",
+        description="Draw samples, slices or volumes, from a model and compare them with the held-out patients of a "
+        "site: EffNet-KID and -FD, precision and recall, MS-SSIM diversity, of volumes whether neighbouring slices "
+        "belong together; beside real training patients (what perfection would score) and the untrained network.",
     )
     parser.add_argument("model", type=Path, help="model.safetensors of a run")
     parser.add_argument("--site-file", type=Path, required=True, help="the site file (TOML)")
@@ -28,7 +28,7 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="the original FID Inception weights, for true FID; torch-fidelity unpickles them: a trusted file only",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--picture", type=Path, help="also write held-out slices beside samples (patient data!)")
+    parser.add_argument("--picture", type=Path, help="also write held-out images beside samples (patient data!)")
     parser.set_defaults(func=run)
 
 
@@ -40,8 +40,9 @@ def run(options: argparse.Namespace) -> int:
     from custom.drawing import draw
     from custom.evaluation import evaluate
     from custom.model_file import initial_model, load_model
-    from custom.pictures import real_and_generated
+    from custom.pictures import real_and_generated, viewable
     from custom.site_file import HardwareConfig, load_site
+    from custom.volume_evaluation import evaluate_volumes
     from medical_data.cohort import prepare_cohort
 
     model = load_model(options.model)
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
         draw(each, count=options.count, device=device, seed=options.seed, progress=True)
         for each in (model, initial_model(experiment))
     )
-    result = evaluate(
+    judge = evaluate if experiment.preprocess.spatial_dims == 2 else evaluate_volumes
+    result = judge(
         generated,
         held_out,
         train=train,
@@ -75,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     if options.picture is not None:
-        rows = np.linspace(0, len(held_out) - 1, 16).round().astype(int)
-        real_and_generated(held_out[rows], generated[:16], options.picture, window_hu=experiment.preprocess.window_hu)
+        rows = np.linspace(0, len(held_out) - 1, min(16, len(held_out))).round().astype(int)
+        real, samples = (viewable(images, experiment.preprocess) for images in (held_out[rows], generated[:16]))
+        real_and_generated(real, samples, options.picture, window_hu=experiment.preprocess.window_hu)
     return 0

@@ -28,22 +28,22 @@ from custom.codec import (
     results_folder,
     task_model,
     to_numpy,
-    to_torch,
     workspace_root,
 )
 from custom.config import ExperimentConfig
 from custom.controllers.skip_list import SkipList
 from custom.device import use
-from custom.diffusion.ema import updated_ema
-from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.diffusion.networks import Shapes
 from custom.diffusion.schedule import build_schedule
 from custom.drawing import draw
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.job_plan import privacy_plan
 from custom.model_file import ModelFile, initial_model, load_model, save_model
-from custom.pictures import grey_levels, sample_grid
+from custom.pictures import grey_levels, sample_grid, viewable
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
+from custom.server_step import moved
 from custom.site_file import ServerConfig, server_config
+from custom.stages import PREFIX, part, stage_of, stage_shapes
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
 
@@ -140,6 +140,9 @@ class DiffusionFedAvg(FedAvg):
             weights = start_weights(server.models, experiment)
             self.info(f"starting from the model {experiment.start_from}")
             model = replace(model, weights=weights, ema=weights)
+        if experiment.autoencoder is not None and experiment.autoencoder.frozen is not None:
+            weights = {**model.weights, **frozen_autoencoder(server.models, experiment, experiment.autoencoder.frozen)}
+            model = replace(model, weights=weights, ema=weights)
         shapes = mean_image_shape(experiment)
         if shapes is None:
             return model
@@ -155,14 +158,17 @@ class DiffusionFedAvg(FedAvg):
 
     def _train(self, experiment: ExperimentConfig, folder: RunFolder, model: ModelFile) -> tuple[ModelFile, str | None]:
         """All rounds, or as many as the sites' privacy budgets allow; then also why there are no more."""
-        shapes = parameter_shapes(experiment.network, experiment.preprocess.spatial_dims)
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
+            stage = stage_of(experiment, round_number)
             asked = self._invited(experiment, round_number)
-            self.info(f"round {round_number + 1}/{experiment.federation.rounds}: asking {', '.join(asked)}")
+            self.info(
+                f"round {round_number + 1}/{experiment.federation.rounds} ({stage.name}): asking {', '.join(asked)}"
+            )
             header = _header(experiment, folder, round_number)
+            arrays, shapes = to_numpy(stage.needed(model.weights)), stage_shapes(experiment, stage)
             try:
-                average = self._ask(tasks.TRAIN, to_numpy(model.weights), header, asked, shapes, experiment)
+                average = self._ask(tasks.TRAIN, arrays, header, asked, shapes, experiment)
             except BudgetSpent as error:
                 if round_number == 0:
                     raise
@@ -182,7 +188,8 @@ class DiffusionFedAvg(FedAvg):
             folder.save_round(model)
             self.info(record.told(experiment.federation.rounds))
             every = experiment.sampling.grid_every
-            if every and (round_number + 1) % every == 0 and round_number + 1 < experiment.federation.rounds:
+            done, last = round_number + 1, experiment.federation.rounds
+            if every and done % every == 0 and stage.first < done < last and stage.name == "denoiser":
                 images = draw(model, count=experiment.sampling.grid_images, device=self._device)
                 file = folder.path / "samples" / f"round_{round_number + 1:04d}.png"
                 _grid(images, file, experiment, _after(round_number + 1))
@@ -190,7 +197,7 @@ class DiffusionFedAvg(FedAvg):
 
     def _moved(self, model: ModelFile, average: Average) -> ModelFile:
         """The model after a round."""
-        return next_model(model, average.mean())
+        return moved(model, average.mean())
 
     def _invited(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
         """Who is asked in a round: drawn, connected, and not left out for having been silent."""
@@ -352,34 +359,47 @@ def start_weights(models: Path, experiment: ExperimentConfig) -> dict[str, Tenso
     Raises:
         ConfigError: no such model, or one of another network or noise schedule.
     """
-    file = models / f"{experiment.start_from}.safetensors"
-    if not file.is_file():
-        raise ConfigError(
-            f"start_from = {experiment.start_from!r}: no {file}; make it: fedct pretrain jobs/{experiment.name} {file}"
-        )
-    given = load_model(file)
-    for name, theirs, ours in (
-        ("network", given.experiment.network, experiment.network),
-        ("schedule", given.experiment.schedule, experiment.schedule),
-        ("spatial_dims", given.experiment.preprocess.spatial_dims, experiment.preprocess.spatial_dims),
-    ):
-        remedy = f"this job has {ours}; name a model that was made for it"
-        require(ours == theirs, argument=f"start_from.{name}", value=theirs, remedy=remedy)
+    given = _named_model("start_from", str(experiment.start_from), models, experiment)
+    _require_alike("start_from", _described(given.experiment), _described(experiment))
     return given.ema
 
 
-def next_model(model: ModelFile, mean: dict[str, NDArray[np.float32]]) -> ModelFile:
-    """The model after a round: the mean difference added, the moving average followed."""
-    differences = to_torch(mean)
-    weights: dict[str, Tensor] = {name: tensor + differences[name] for name, tensor in model.weights.items()}
-    # The average starts at the first trained model, not at noise.
-    decay = model.experiment.federation.server_ema if model.rounds_done else 0.0
-    return ModelFile(
-        experiment=model.experiment,
-        rounds_done=model.rounds_done + 1,
-        weights=weights,
-        ema=updated_ema(model.ema, weights, decay),
-    )
+def frozen_autoencoder(models: Path, experiment: ExperimentConfig, name: str) -> dict[str, Tensor]:
+    """The autoencoder of a model that a job names, by the tensors' names in a model.
+
+    Raises:
+        ConfigError: no such model, one without an autoencoder, or with another one than the job describes.
+    """
+    given = _named_model("autoencoder.frozen", name, models, experiment)
+    theirs, ours = _described(given.experiment), _described(experiment)
+    for key in ("network", "schedule"):
+        del theirs[key], ours[key]
+    _require_alike("autoencoder.frozen", theirs, ours)
+    return {PREFIX + key: tensor for key, tensor in part(given.ema, "autoencoder").items()}
+
+
+def _named_model(argument: str, name: str, models: Path, experiment: ExperimentConfig) -> ModelFile:
+    file = models / f"{name}.safetensors"
+    if not file.is_file():
+        raise ConfigError(f"{argument} = {name!r}: no {file}; make it: fedct pretrain jobs/{experiment.name} {file}")
+    return load_model(file)
+
+
+def _described(experiment: ExperimentConfig) -> dict[str, object]:
+    """What must be alike for one model's weights to mean the same in another."""
+    autoencoder = experiment.autoencoder
+    return {
+        "network": experiment.network,
+        "schedule": experiment.schedule,
+        "spatial_dims": experiment.preprocess.spatial_dims,
+        "autoencoder": None if autoencoder is None else autoencoder.architecture,
+    }
+
+
+def _require_alike(argument: str, theirs: dict[str, object], ours: dict[str, object]) -> None:
+    for name, mine in ours.items():
+        remedy = f"this job has {mine}; name a model that was made for it"
+        require(mine == theirs[name], argument=f"{argument}.{name}", value=theirs[name], remedy=remedy)
 
 
 def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) -> TaskHeader:
@@ -397,8 +417,9 @@ def sent_meta(reply: FLModel) -> dict[str, Any]:
 
 
 def _grid(images: NDArray[np.float32], file: Path, experiment: ExperimentConfig, what: str) -> None:
-    if experiment.preprocess.spatial_dims == 2:
-        sample_grid(images, file, title=f"{experiment.name}: {what}", window_hu=experiment.preprocess.window_hu)
+    title = f"{experiment.name}: {what}"
+    pictures = viewable(images, experiment.preprocess)
+    sample_grid(pictures, file, title=title, window_hu=experiment.preprocess.window_hu)
 
 
 def _after(rounds: int) -> str:

@@ -86,7 +86,7 @@ class _Sum:
     def close_adverts(self) -> None:
         """Fix the roster; raises ``TooFew``."""
         parties = max(self.server.advertised, 2)
-        self.encoding = session_encoding(self._experiment, self.server.session.task, parties=parties)
+        self.encoding = session_encoding(self._experiment, self.task, self.round_number, parties=parties)
         self.roster = self.server.roster(size=self.encoding.size)
 
     def take(self, site: str, answer: FromSite) -> None:
@@ -140,17 +140,13 @@ class SecureFedAvg(DiffusionFedAvg):
                 asked = [site for site in asked if site not in self._lost]
                 self.info(f"{said}; once more, with fresh keys")
                 continue
-            self._check_average(average, task, shapes, experiment)
+            if shared_noise_encoding(experiment, task, header.round_number) is None:
+                check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
             return average
         raise AssertionError  # the last attempt returned or raised
 
-    def _check_average(self, average: MaskedAverage, task: str, shapes: Shapes, experiment: ExperimentConfig) -> None:
-        """Refuse a mean that no acceptable updates have; raises ``EgressRefused``."""
-        if shared_noise_encoding(experiment, task) is None:
-            check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
-
     def _moved(self, model: ModelFile, average: Average) -> ModelFile:
-        if shared_noise_encoding(model.experiment, tasks.TRAIN) is not None:
+        if shared_noise_encoding(model.experiment, tasks.TRAIN, model.rounds_done) is not None:
             return stepped(model, average.mean())
         return super()._moved(model, average)
 

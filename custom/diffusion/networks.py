@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import nn
 
@@ -16,14 +14,15 @@ with light_monai():
 Shapes = dict[str, tuple[int, ...]]
 
 
-def build_network(config: NetworkConfig, *, spatial_dims: int, seed: int | None = None) -> nn.Module:
-    """Build the U-Net, called as ``network(x=[B, 1, *spatial], timesteps=[B])`` → [B, 1, *spatial].
+def build_network(config: NetworkConfig, *, spatial_dims: int, channels: int = 1, seed: int | None = None) -> nn.Module:
+    """Build the U-Net, called as ``network(x=[B, C, *spatial], timesteps=[B])`` → [B, C, *spatial].
 
     Nothing in it mixes the images of a batch (group norm, no batch norm), so a loss per image is well defined.
 
     Args:
         config: channels, attention, …
         spatial_dims: 2 or 3.
+        channels: C, of what is denoised: 1 of images, more of latents.
         seed: initialises the weights reproducibly without touching the global generator's state.
     """
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -31,8 +30,8 @@ def build_network(config: NetworkConfig, *, spatial_dims: int, seed: int | None 
             torch.manual_seed(seed)
         network: nn.Module = DiffusionModelUNet(
             spatial_dims=spatial_dims,
-            in_channels=1,
-            out_channels=1,
+            in_channels=channels,
+            out_channels=channels,
             num_res_blocks=config.res_blocks,
             channels=config.channels,
             attention_levels=config.attention,
@@ -43,12 +42,9 @@ def build_network(config: NetworkConfig, *, spatial_dims: int, seed: int | None 
     return network
 
 
-@lru_cache(maxsize=8)
-def parameter_shapes(config: NetworkConfig, spatial_dims: int) -> Shapes:
-    """Name and shape of every tensor of the network's state, without allocating it.
+def shapes_of(network: nn.Module) -> Shapes:
+    """Name and shape of every tensor of a network's state.
 
-    All of them are float32 parameters: the network has no buffers (checked by a test).
+    All of them are float32 parameters: our networks have no buffers (checked by a test).
     """
-    with torch.device("meta"):
-        network = build_network(config, spatial_dims=spatial_dims)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -22,6 +22,7 @@ def sample(
     image_shape: tuple[int, ...],
     seed: int,
     device: torch.device,
+    clip: bool = True,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
@@ -35,14 +36,15 @@ def sample(
         schedule: what it was trained with.
         config: sampler and number of steps.
         count: number of images.
-        image_shape: [1, *spatial].
+        image_shape: [C, *spatial].
         seed: determines all of them.
         device: where to compute.
+        clip: keep x̂_0 within [-1, 1], where images lie; latents lie anywhere.
         batch_size: images at a time.
         progress: show a bar on stderr.
 
     Returns:
-        float32 [count, 1, *spatial] in [-1, 1] on the CPU.
+        float32 [count, C, *spatial] on the CPU.
     """
     network.eval()
     done = []
@@ -50,7 +52,7 @@ def sample(
         for first in range(0, count, batch_size):
             indices = range(first, min(first + batch_size, count))
             generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in indices]
-            done.append(_denoise(network, schedule, config, generators, image_shape, device))
+            done.append(_denoise(network, schedule, config, generators, image_shape, device, clip))
             bar.update(len(generators))
     return torch.cat(done)
 
@@ -62,6 +64,7 @@ def _denoise(
     generators: list[torch.Generator],
     image_shape: tuple[int, ...],
     device: torch.device,
+    clip: bool,
 ) -> Tensor:
     def normal() -> Tensor:
         return torch.stack([torch.randn(image_shape, generator=g) for g in generators]).to(device)
@@ -74,7 +77,9 @@ def _denoise(
     history: list[tuple[float, Tensor]] = []  # (log-SNR step, x̂_0) of the step before
     for t, a_t, a_s in zip(timesteps, alpha_bars, alpha_bars[1:], strict=False):
         output = network(x=x, timesteps=torch.full((len(x),), t, device=device)).float()
-        x0 = _predicted_x0(schedule, output, x, a_t).clamp(-1, 1)
+        x0 = _predicted_x0(schedule, output, x, a_t)
+        if clip:
+            x0 = x0.clamp(-1, 1)
         if a_s == 1.0:
             return x0.cpu()
         if config.sampler == "ddpm":

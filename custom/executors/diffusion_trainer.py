@@ -45,7 +45,6 @@ from custom.codec import (
 )
 from custom.config import ExperimentConfig
 from custom.device import use
-from custom.diffusion.networks import build_network, parameter_shapes
 from custom.diffusion.schedule import build_schedule
 from custom.egress import (
     BUDGET_SPENT,
@@ -53,7 +52,7 @@ from custom.egress import (
     POLICY_CODES,
     SECAGG_REFUSED,
     evaluation_metrics,
-    mean_image_shape,
+    released_shapes,
     statistics_that_leave,
 )
 from custom.evaluation import MIN_IMAGES, evaluate
@@ -63,8 +62,9 @@ from custom.he_contexts import CLIENT_CONTEXT
 from custom.he_packing import opened, packed_name
 from custom.job_plan import privacy_plan
 from custom.kept_release import KeptRelease, Request, charged_release, drop, keep
+from custom.latents import latent_cohort
 from custom.masked_vector import shared_noise_encoding
-from custom.pictures import real_and_generated
+from custom.pictures import real_and_generated, viewable
 from custom.privacy_config import MeanImageConfig
 from custom.private_training import (
     release_mean_image,
@@ -77,6 +77,7 @@ from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
 from custom.site_sessions import Masking, SiteSessions
 from custom.site_state import SiteState
+from custom.stages import model_autoencoder, stage_objective, stage_of
 from custom.strict import require
 from custom.training import held_out_loss, train_round
 from medical_data.cohort import Cohort, prepare_cohort
@@ -135,6 +136,13 @@ class _Site:
             secure_aggregation=self.masks_asked,
         )
         return cohort
+
+    def denoised(self, cohort: Cohort, weights: Mapping[str, Tensor], round_number: int) -> Cohort:
+        """What a round trains on: the cohort's images, or their latents by the model's finished autoencoder."""
+        if self.experiment.autoencoder is None or stage_of(self.experiment, round_number).name == "autoencoder":
+            return cohort
+        autoencoder = model_autoencoder(self.experiment, weights)
+        return latent_cohort(cohort, autoencoder, home=self.config.home, device=self.device)
 
     def state(self, header: TaskHeader) -> SiteState:
         """What the site remembers of the run."""
@@ -317,7 +325,7 @@ def _masking(site: _Site, task: str, header: TaskHeader, message: ToSite) -> Mas
 def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, message: ToSite) -> Shareable:
     """The same under masks, which are summed before the work begins: afterwards they cost one addition."""
     masking = _masking(site, task, header, message)
-    if site.plan is not None and shared_noise_encoding(site.experiment, task) is not None:
+    if site.plan is not None and shared_noise_encoding(site.experiment, task, header.round_number) is not None:
         return masked_reply(masking.integers(_share(site, site.plan, task, arrays, header, masking.sites)))
     reply = _work(site, task, arrays, header)
     if reply.get_return_code() != ReturnCode.OK:
@@ -334,7 +342,8 @@ def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHea
     sums with other noise of the peers, that noise averages out. Fresh integers are two sums of the theorem, charged as
     two.
     """
-    experiment, cohort = site.experiment, site.admitted()
+    experiment, weights = site.experiment, to_torch(arrays)
+    cohort = site.denoised(site.admitted(), weights, header.round_number)
     asked = None if experiment.privacy is None else experiment.privacy.mean_image
     (ledger, run), budgets = site.reserved(plan, header), site.config.policy.budgets
     if task == tasks.RELEASE and asked is not None and plan.release_event is not None:
@@ -346,9 +355,10 @@ def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHea
         attempt = ledger.begin(run, round_release(header.round_number), budgets=budgets)
         integers = shared_gradient(
             cohort=cohort,
-            weights=to_torch(arrays),
+            weights=weights,
             config=experiment,
             plan=plan,
+            round_number=header.round_number,
             device=site.device,
             patients_in_memory=site.config.hardware.patients_in_memory,
             sites=sites,
@@ -402,16 +412,17 @@ class _Progress:
 
 def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
-    cohort = site.admitted()
+    cohort, weights, stage = site.admitted(), to_torch(arrays), stage_of(experiment, round_number)
     state = site.state(header)
     update = train_round(
-        cohort=cohort,
-        weights=to_torch(arrays),
-        optimizer_state=state.before(round_number),
+        cohort=site.denoised(cohort, weights, round_number),
+        weights=weights,
+        optimizer_state=state.before(round_number, since=stage.first),
         config=experiment,
         site=site.name,
         round_number=round_number,
         device=site.device,
+        hardware=site.config.hardware,
         progress=progress,
     )
     state.save(round_number, update.optimizer)
@@ -434,9 +445,9 @@ def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHead
         return again
     attempt = asked.begin()
     update = train_private_round(
-        cohort=cohort,
+        cohort=site.denoised(cohort, weights, round_number),
         weights=weights,
-        state=asked.state.before(round_number),
+        state=asked.state.before(round_number, since=stage_of(experiment, round_number).first),
         config=experiment,
         plan=plan,
         round_number=round_number,
@@ -467,8 +478,7 @@ def _decrypt(site: _Site, arrays: Mapping[str, Any], header: TaskHeader) -> Shar
     """The mean of a sum that NVFlare's decryptor has opened, which is for the server and says nothing of one site."""
     experiment = site.experiment
     site.config.policy.check_masks(site.masks_asked)  # who may not train for this job opens none of its sums
-    released = [parameter_shapes(experiment.network, experiment.preprocess.spatial_dims), mean_image_shape(experiment)]
-    shapes = {packed_name(shapes): shapes for shapes in released if shapes is not None}
+    shapes = {packed_name(shapes): shapes for shapes in released_shapes(experiment)}
     require(len(arrays) == 1 and set(arrays) <= set(shapes), argument="sum", value=sorted(arrays), remedy="give one")
     ((name, total),) = arrays.items()
     remedy = "still encrypted: put NVFlare's HEModelDecryptor into the job's task_data_filters on decrypt"
@@ -480,12 +490,12 @@ def _decrypt(site: _Site, arrays: Mapping[str, Any], header: TaskHeader) -> Shar
 def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     start = time.monotonic()
     experiment, cohort = site.experiment, site.admitted()
-    weights = {name: array for name, array in arrays.items() if name not in (tasks.SAMPLES, tasks.UNTRAINED_SAMPLES)}
-    network = build_network(experiment.network, spatial_dims=experiment.preprocess.spatial_dims).to(site.device)
-    network.load_state_dict(to_torch(weights))
-    metrics = {"held_out_loss": held_out_loss(network, build_schedule(experiment.schedule), cohort, site.device)}
-    if experiment.preprocess.spatial_dims == 2:
-        metrics |= _compare(site, cohort, arrays, header)
+    pictures = (tasks.SAMPLES, tasks.UNTRAINED_SAMPLES)
+    weights = to_torch({name: array for name, array in arrays.items() if name not in pictures})
+    objective = stage_objective(experiment, stage_of(experiment, header.round_number), weights, site.device)
+    denoised = site.denoised(cohort, weights, header.round_number)
+    metrics = {"held_out_loss": held_out_loss(objective, denoised, site.device)}
+    metrics |= _compare(site, cohort, arrays, header)
     site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if site.plan is not None:  # the run is over: give back what it set aside and did not use
         open_ledger(site.config.home).close(Run(job=experiment.name, run_id=header.run_id))
@@ -496,7 +506,7 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
 
 def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) -> dict[str, float]:
     """EffNet-KID of the samples against held-out patients, and a picture of both, which stays at the site."""
-    experiment = site.experiment
+    experiment, preprocess = site.experiment, site.experiment.preprocess
     generated, untrained = (
         arrays[name].astype(np.float32) / 127.5 - 1 for name in (tasks.SAMPLES, tasks.UNTRAINED_SAMPLES)
     )
@@ -508,7 +518,10 @@ def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) ->
     pictures = site.config.home / "pictures" / experiment.name / header.run_id
     spread = np.linspace(0, len(held_out) - 1, min(16, len(held_out))).round().astype(int)  # over the patients
     real_and_generated(
-        held_out[spread], generated[:16], pictures / "real_and_generated.png", window_hu=experiment.preprocess.window_hu
+        viewable(held_out[spread], preprocess),
+        viewable(generated[:16], preprocess),
+        pictures / "real_and_generated.png",
+        window_hu=preprocess.window_hu,
     )
     site.say(f"real beside generated, for this site's eyes only: {pictures / 'real_and_generated.png'}")
     per_patient = int(np.bincount(cohort.patient).max())

@@ -12,7 +12,6 @@ from nvflare.apis.shareable import ReservedHeaderKey, ReturnCode, Shareable, mak
 
 from custom.codec import MASKED, experiment_of, read_answer, reply_meta
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import parameter_shapes
 from custom.egress import (
     BUDGET_SPENT,
     POLICY_CODES,
@@ -24,7 +23,7 @@ from custom.egress import (
     check_metrics,
     check_update,
     evaluation_metrics,
-    mean_image_shape,
+    released_shapes,
 )
 from custom.masked_vector import vector_sizes
 
@@ -92,10 +91,8 @@ def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
             raise EgressRefused("counts: must be all of one task's, under their names, and nothing else")
         check_counts(dxo.data, shapes=named[0])
     elif dxo.data_kind == DataKind.WEIGHT_DIFF:
-        shapes = parameter_shapes(config.network, config.preprocess.spatial_dims)
-        before_training = mean_image_shape(config)
-        if before_training is not None and set(dxo.data) == set(before_training):
-            shapes = before_training
+        *others, denoiser = released_shapes(config)
+        shapes = next((shapes for shapes in others if set(dxo.data) == set(shapes)), denoiser)
         if config.encryption is not None and not dxo.meta:  # the mean, opened for the server
             check_arrays(dxo.data, shapes=shapes, max_norm=config.federation.max_update_norm)
         else:

@@ -13,8 +13,7 @@ from nvflare.apis.shareable import ReturnCode, Shareable, make_reply
 
 from custom.codec import ENCRYPTOR, encrypted_reply, experiment_of, reply_meta
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import parameter_shapes
-from custom.egress import METRICS, WEIGHT, EgressRefused, check_meta, mean_image_shape
+from custom.egress import METRICS, WEIGHT, EgressRefused, check_meta, released_shapes
 from custom.filters.egress_gate import CODES, EgressGate
 from custom.he_contexts import CLIENT_CONTEXT, tenseal
 from custom.he_packing import packed, packed_name, packed_size
@@ -65,7 +64,7 @@ def sealed(reply: Shareable, config: ExperimentConfig) -> Shareable:
     dxo = from_shareable(reply)
     if dxo.data_kind != DataKind.WEIGHT_DIFF:
         raise EgressRefused(f"data kind {dxo.data_kind!r}: only an encrypted weight difference may leave")
-    expected = {packed_name(shapes): packed_size(shapes) for shapes in _released(config)}
+    expected = {packed_name(shapes): packed_size(shapes) for shapes in released_shapes(config)}
     if len(dxo.data) != 1 or not set(dxo.data) <= set(expected):
         raise EgressRefused(f"tensors: must be one of {sorted(expected)}, packed and encrypted")
     ((name, vector),) = dxo.data.items()
@@ -103,9 +102,3 @@ def require_chain(task: str, chain: Sequence[Filter]) -> None:
     file = getattr(chain[2], "tenseal_context_file", None)
     if file != CLIENT_CONTEXT:
         raise EgressRefused(f"tenseal_context_file on {task!r}: a job may name no other than {CLIENT_CONTEXT}")
-
-
-def _released(config: ExperimentConfig) -> list[dict[str, tuple[int, ...]]]:
-    shapes = [dict(parameter_shapes(config.network, config.preprocess.spatial_dims))]
-    before_training = mean_image_shape(config)
-    return shapes if before_training is None else [*shapes, dict(before_training)]

@@ -57,7 +57,7 @@ def loss(queries: Queries, t: int, seed: int) -> Tensor:
     """
     losses = []
     for draw in range(LOSS_DRAWS):
-        noise = shared_noise(seed, t, draw, tuple(queries.images.shape[2:])).to(queries.images)
+        noise = shared_noise(seed, t, draw, tuple(queries.images.shape[1:])).to(queries.images)
         error = noise - queries.diffused(("random", seed, draw), noise, t)
         losses.append(error.double().square().flatten(1).mean(1))
     return torch.stack(losses).mean(0)
@@ -294,7 +294,7 @@ def grey_box_scores(
 
     Args:
         denoiser: the model.
-        images: float32 [N, 1, *spatial], 2D or 3D, finite, in the range that the model was trained on.
+        images: float32 [N, C, *spatial], 2D or 3D, finite, in the range that the model was trained on.
         timesteps: t, ascending. Those of secmi and band_pass are multiples of STRIDE; secmi also needs t + STRIDE.
         seeds: of the noise; distinct, not negative.
         attacks: names in GREY_BOX.
@@ -339,9 +339,9 @@ def _finite(attack: Attack, queries: Queries, t: int, seed: int) -> NDArray[np.f
 
 
 def _require_images(images: NDArray[np.float32], batch_size: int) -> None:
-    shaped = images.ndim in (4, 5) and images.shape[1] == 1 and images.size > 0 and images.dtype == np.float32
+    shaped = images.ndim in (4, 5) and images.size > 0 and images.dtype == np.float32
     found = (str(images.dtype), images.shape)
-    require(shaped, argument="images", value=found, remedy="give float32 [N, 1, *spatial] in 2D or 3D")
+    require(shaped, argument="images", value=found, remedy="give float32 [N, C, *spatial] in 2D or 3D")
     require(bool(np.isfinite(images).all()), argument="images", value="not finite", remedy="give finite images")
     whole = type(batch_size) is int and batch_size > 0
     require(whole, argument="batch_size", value=batch_size, remedy="give an integer of at least 1")

@@ -49,7 +49,7 @@ def gradient_norms(
     Args:
         loss: a training loss.
         parameters: at which; by name, all on one device, which computes.
-        images: float32 [N, 1, *spatial] in the range that the model was trained on.
+        images: float32 [N, C, *spatial] in the range that the model was trained on.
         timesteps: t, distinct; at most what ``loss`` knows.
         seed: of the noise.
         batch_size: images at a time: so many gradients are in memory at once, and the activations of so many images
@@ -106,7 +106,7 @@ def image_gradients(
     _require_draws(timesteps, seed)
     require(len(parameters) > 0, argument="parameters", value="none", remedy="give the model's parameters by name")
     device = next(iter(parameters.values())).device
-    noise = torch.cat([shared_noise(seed, t, 0, images.shape[2:]) for t in timesteps])[None].to(device)
+    noise = torch.cat([shared_noise(seed, t, 0, images.shape[1:]) for t in timesteps])[None].to(device)
     steps = torch.tensor(list(timesteps), device=device)[None]
 
     def batches() -> Iterator[tuple[slice, dict[str, Tensor]]]:
@@ -134,9 +134,9 @@ def squared_norm(gradients: Tensor) -> Tensor:
 
 
 def _require_images(images: NDArray[np.float32], batch_size: int) -> None:
-    shaped = images.ndim in (4, 5) and images.shape[1] == 1 and images.size > 0 and images.dtype == np.float32
+    shaped = images.ndim in (4, 5) and images.size > 0 and images.dtype == np.float32
     found = (str(images.dtype), images.shape)
-    require(shaped, argument="images", value=found, remedy="give float32 [N, 1, *spatial] in 2D or 3D")
+    require(shaped, argument="images", value=found, remedy="give float32 [N, C, *spatial] in 2D or 3D")
     require(bool(np.isfinite(images).all()), argument="images", value="not finite", remedy="give finite images")
     whole = type(batch_size) is int and batch_size > 0
     require(whole, argument="batch_size", value=batch_size, remedy="give an integer of at least 1")

@@ -24,7 +24,7 @@ class Denoiser:
     """A model as attackers may query it.
 
     Attributes:
-        epsilon: ε_θ, called with x_t float32 [B, 1, *spatial] and timesteps int64 [B], both on the device of
+        epsilon: ε_θ, called with x_t float32 [B, C, *spatial] and timesteps int64 [B], both on the device of
             ``alphas_cumprod``; returns the predicted noise in the shape of x_t. It treats each image by itself and
             the same way each time: a network in evaluation mode.
         alphas_cumprod: ᾱ, float [T], strictly decreasing in (0, 1]; on the device that the network is on.
@@ -45,14 +45,14 @@ class Denoiser:
         require(falls, argument="alphas_cumprod", value="not a noise schedule", remedy=remedy)
 
 
-def shared_noise(seed: int, t: int, draw: int, spatial: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, float32 [1, 1, *spatial], of which every image gets the same.
+def shared_noise(seed: int, t: int, draw: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, float32 [1, C, *spatial] for images of shape [C, *spatial], which all get the same.
 
     It depends on its arguments alone: not on batches, on the order of images or on the device. Two images then differ
     in their score by what they are and not by how lucky their noise was.
     """
-    values = np.random.default_rng([seed, t, draw]).standard_normal(spatial, dtype=np.float32)
-    return torch.from_numpy(values)[None, None]
+    values = np.random.default_rng([seed, t, draw]).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(values)[None]
 
 
 class Queries:
@@ -63,10 +63,10 @@ class Queries:
 
     Args:
         denoiser: the model.
-        images: x_0, [B, 1, *spatial]; copied to the device of the noise schedule.
+        images: x_0, [B, C, *spatial]; copied to the device of the noise schedule.
 
     Attributes:
-        images: x_0, float32 [B, 1, *spatial].
+        images: x_0, float32 [B, C, *spatial].
         evaluations: U-Net evaluations per image so far.
 
     Raises:
@@ -91,7 +91,7 @@ class Queries:
 
         Args:
             name: tells this noise from every other one at the same t.
-            noise: ε, broadcast to [B, 1, *spatial].
+            noise: ε, broadcast to [B, C, *spatial].
             t: timestep.
         """
         a, b = self._coefficients(t)

@@ -37,9 +37,9 @@ from custom import tasks
 from custom.atomic import write_atomically
 from custom.cli import main as fedct
 from custom.config import ExperimentConfig
-from custom.controllers.diffusion_fedavg import next_model
 from custom.device import use
 from custom.diffusion.networks import build_network
+from custom.diffusion.objective import denoising
 from custom.diffusion.sampler import sample
 from custom.diffusion.schedule import build_schedule
 from custom.egress import MEAN_IMAGE
@@ -49,7 +49,7 @@ from custom.masked_vector import shared_noise_encoding
 from custom.model_file import ModelFile, load_model
 from custom.pictures import grids
 from custom.private_training import release_mean_image, shared_gradient, shared_mean_image, train_private_round
-from custom.server_step import stepped
+from custom.server_step import moved, stepped
 from custom.site_file import HardwareConfig, load_site
 from custom.training import held_out_loss, train_round
 from custom.warm_up import warmed_up
@@ -161,7 +161,7 @@ def federate_sums(config: ExperimentConfig, cohorts: list[Cohort], start: Weight
     assert config.privacy is not None
 
     def mean(task: str, integers: list[NDArray[np.int64]]) -> Mapping[str, NDArray[np.float64]]:
-        schema = shared_noise_encoding(config, task)
+        schema = shared_noise_encoding(config, task, 0)
         assert schema is not None
         return schema.decode(np.sum([schema.encode(one) for one in integers], axis=0, dtype=np.uint32))[0]
 
@@ -171,13 +171,14 @@ def federate_sums(config: ExperimentConfig, cohorts: list[Cohort], start: Weight
         image = torch.from_numpy(mean(tasks.RELEASE, shares)[MEAN_IMAGE]).float()
         start = warmed_up(start, image, config, CPU)
     model = ModelFile(experiment=config, rounds_done=0, weights=dict(start), ema=dict(start))
-    for _ in range(config.federation.rounds):
+    for number in range(config.federation.rounds):
         shares = [
             shared_gradient(
                 cohort=cohort,
                 weights=model.weights,
                 config=config,
                 plan=plan,
+                round_number=number,
                 device=CPU,
                 patients_in_memory=32,
                 sites=sites,
@@ -225,7 +226,7 @@ def federate(config: ExperimentConfig, cohorts: list[Cohort], start: Weights, *,
                 states[site], difference = private.state, private.difference
             differences.append(difference)
         mean = {name: np.mean([d[name].numpy() for d in differences], axis=0) for name in start}
-        model = next_model(model, mean)
+        model = moved(model, mean)
     return model.ema
 
 
@@ -235,7 +236,7 @@ def measured(
     """Figures against held-out patients, and the samples."""
     network, schedule = build_network(config.network, spatial_dims=2), build_schedule(config.schedule)
     network.load_state_dict(dict(weights))
-    loss = float(np.mean([held_out_loss(network, schedule, cohort, CPU) for cohort in cohorts]))
+    loss = float(np.mean([held_out_loss(denoising(network, schedule), cohort, CPU) for cohort in cohorts]))
     samples = sample(
         network, schedule, config.sampling, count=SAMPLES, image_shape=config.image_shape, seed=0, device=CPU
     ).numpy()

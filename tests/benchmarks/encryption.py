@@ -38,12 +38,13 @@ from custom.aggregators.in_time_average import InTimeAverage
 from custom.codec import TaskHeader, decrypt_task, mean_reply, read_task, reply_meta, to_torch, update_reply
 from custom.config import ExperimentConfig
 from custom.device import keep_freed_memory
-from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.networks import build_network
 from custom.egress import UPDATE_METRICS
 from custom.filters.egress_gate import passed
 from custom.filters.encryption import PackUpdate, sealed
 from custom.he_contexts import new_context, serialized, tenseal
 from custom.he_packing import UPDATE, opened
+from custom.stages import model_shapes
 from custom.training import train_round
 from medical_data.cohort import Cohort
 from privacy.rng import SecureRandomness
@@ -63,7 +64,7 @@ def main() -> None:
     keep_freed_memory()
     experiment = ExperimentConfig.of_job(JOB)
     plain = replace(experiment, encryption=None)
-    shapes = parameter_shapes(experiment.network, 2)
+    shapes = model_shapes(experiment)
     client = new_context()
     server = tenseal().context_from(serialized(client, secret_key=False))
     encryptor = HEModelEncryptor(weigh_by_local_iter=False)

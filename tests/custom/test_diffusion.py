@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from custom.config import PRESETS, ExperimentConfig, SamplingConfig, ScheduleConfig
 from custom.diffusion.ema import updated_ema
 from custom.diffusion.loss import denoising_loss
-from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.networks import build_network, shapes_of
 from custom.diffusion.sampler import ddim_step, ddpm_step, sample
 from custom.diffusion.schedule import Schedule, build_schedule
 
@@ -44,7 +44,7 @@ def test_shapes_are_those_of_the_network_and_all_are_parameters(preset: str, spa
     with torch.device("meta"):
         network = build_network(PRESETS[preset], spatial_dims=spatial_dims)
     assert not dict(network.named_buffers())
-    assert parameter_shapes(PRESETS[preset], spatial_dims) == {n: tuple(p.shape) for n, p in network.named_parameters()}
+    assert shapes_of(network) == {n: tuple(p.shape) for n, p in network.named_parameters()}
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])

@@ -9,13 +9,14 @@ import torch
 
 from custom.codec import TaskHeader, read_task, task_model
 from custom.config import ExperimentConfig
-from custom.controllers.diffusion_fedavg import DiffusionFedAvg, drawn_sites, next_model, resumed
+from custom.controllers.diffusion_fedavg import DiffusionFedAvg, drawn_sites, resumed
 from custom.controllers.secure_fedavg import SecureFedAvg
 from custom.diffusion.networks import build_network
 from custom.executors.diffusion_trainer import _check_agreement
 from custom.model_file import ModelFile
 from custom.run_folder import RunFolder
 from custom.secure_config import SecureAggregationConfig
+from custom.server_step import moved
 from custom.site_file import ServerConfig
 from custom.strict import ConfigError
 
@@ -42,8 +43,8 @@ def test_server_average_starts_at_the_first_trained_model(experiment: Experiment
     slow = replace(experiment, federation=replace(experiment.federation, server_ema=0.75))
     model = replace(model, experiment=slow)
     ones = {name: np.ones(tensor.shape, np.float32) for name, tensor in model.weights.items()}
-    first = next_model(model, ones)
-    second = next_model(first, ones)
+    first = moved(model, ones)
+    second = moved(first, ones)
     for name, start in model.weights.items():
         torch.testing.assert_close(first.ema[name], start + 1)
         torch.testing.assert_close(second.weights[name], start + 2)

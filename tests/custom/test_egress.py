@@ -14,7 +14,7 @@ from custom.audit_config import AuditConfig
 from custom.audit_counts import AUDIT_TASKS, audit_shapes
 from custom.codec import counts_reply, metrics_reply, to_torch, update_reply
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.diffusion.networks import Shapes
 from custom.egress import (
     BUDGET_SPENT,
     EVALUATION_METRICS,
@@ -27,13 +27,14 @@ from custom.egress import (
     statistics_that_leave,
 )
 from custom.filters.egress_gate import passed
+from custom.stages import model_shapes
 
 Arrays = dict[str, Any]
 
 
 @pytest.fixture
 def shapes(experiment: ExperimentConfig) -> Shapes:
-    return parameter_shapes(experiment.network, 2)
+    return model_shapes(experiment)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from custom.codec import TaskHeader, decrypt_task, he_context, mean_reply, read_
 from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import DiffusionFedAvg
 from custom.controllers.encrypted_fedavg import EncryptedFedAvg
-from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.diffusion.networks import Shapes
 from custom.egress import EgressRefused
 from custom.filters.egress_gate import EgressGate, passed
 from custom.filters.encryption import CiphertextGate, PackUpdate, require_chain, require_encryption, sealed
@@ -29,6 +29,7 @@ from custom.he_contexts import CLIENT_CONTEXT, SERVER_CONTEXT, new_context, seri
 from custom.he_packing import FLOOD_STD, UPDATE, opened
 from custom.secure_config import SecureAggregationConfig
 from custom.site_file import ServerConfig
+from custom.stages import model_shapes
 from custom.strict import ConfigError
 from privacy.rng import SecureRandomness
 
@@ -48,7 +49,7 @@ def encrypted(experiment: ExperimentConfig) -> ExperimentConfig:
 
 @pytest.fixture
 def shapes(experiment: ExperimentConfig) -> Shapes:
-    return parameter_shapes(experiment.network, 2)
+    return model_shapes(experiment)
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +347,7 @@ def test_what_an_encrypted_experiment_must_not_ask_for(experiment: ExperimentCon
 def test_privacy_and_encryption_go_together(private_experiment: ExperimentConfig, client: Any, server: Any) -> None:
     """The mean image before training, and updates without metrics."""
     config = replace(private_experiment, encryption="ckks")
-    for released in ({"mean_image": np.ones((1, 16, 16), np.float32)}, update(parameter_shapes(config.network, 2), 1)):
+    for released in ({"mean_image": np.ones((1, 16, 16), np.float32)}, update(model_shapes(config), 1)):
         reply = update_reply(to_torch(released), weight=1.0, metrics={})
         dxo = from_shareable(sealed(through_nvflares_encryptor(passed(reply, config), client), config))
         total = EncryptedSum({name: array.shape for name, array in released.items()}, config, server)

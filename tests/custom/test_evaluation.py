@@ -37,10 +37,10 @@ from custom.evaluation import (
     _distances,
     _extractor,
     _features,
-    _ms_ssim_scales,
     evaluate,
     frechet_distance,
     mean_pairwise_ms_ssim,
+    ms_ssim_scales,
 )
 from custom.pictures import grey_levels
 
@@ -220,7 +220,7 @@ def test_every_size_gets_as_many_scales_as_it_can_hold(edge: int, monkeypatch: p
     images = np.random.default_rng(0).uniform(-1, 1, (2, 1, edge, edge)).astype(np.float32)
     assert 0 <= mean_pairwise_ms_ssim(images, seed=0) <= 1
     wanted = {11: 1, 21: 1, 22: 2, 32: 2, 44: 3, 64: 3, 98: 3, 99: 4, 128: 4, 175: 4, 176: 5, 256: 5}
-    assert _ms_ssim_scales(edge) == wanted[edge]
+    assert ms_ssim_scales(edge) == wanted[edge]
 
 
 def test_too_few_or_too_small_images_are_refused() -> None:

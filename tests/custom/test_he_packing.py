@@ -5,16 +5,17 @@ import pytest
 from numpy.typing import NDArray
 
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.diffusion.networks import Shapes
 from custom.egress import MEAN_IMAGE
 from custom.he_packing import FLOOD_STD, UPDATE, opened, packed, packed_name, packed_size
+from custom.stages import model_shapes
 from custom.strict import ConfigError
 from privacy.rng import SecureRandomness, SeededRandomnessForTests
 
 
 @pytest.fixture
 def shapes(experiment: ExperimentConfig) -> Shapes:
-    return parameter_shapes(experiment.network, 2)
+    return model_shapes(experiment)
 
 
 def update(shapes: Shapes, seed: int) -> dict[str, NDArray[np.float32]]:

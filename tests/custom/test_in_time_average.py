@@ -8,12 +8,13 @@ import pytest
 
 from custom.aggregators.in_time_average import InTimeAverage
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import Shapes, parameter_shapes
+from custom.diffusion.networks import Shapes
+from custom.stages import model_shapes
 
 
 @pytest.fixture
 def shapes(experiment: ExperimentConfig) -> Shapes:
-    return parameter_shapes(experiment.network, 2)
+    return model_shapes(experiment)
 
 
 def update(shapes: Shapes, seed: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from policies import policy_toml
 
 from custom.codec import FromSite, masked_reply, metrics_reply, stage_reply, update_reply
 from custom.config import ExperimentConfig
-from custom.diffusion.networks import parameter_shapes
 from custom.egress import SECAGG_REFUSED, EgressRefused
 from custom.filters import masks_required
 from custom.filters.egress_gate import passed
@@ -24,6 +23,7 @@ from custom.filters.masks_required import MasksRequired
 from custom.masked_vector import vector_sizes
 from custom.secure_config import SecureAggregationConfig
 from custom.site_file import SITE_FILE_VARIABLE
+from custom.stages import model_shapes
 from custom.strict import ConfigError
 from privacy.policy import PolicyRefused
 from privacy.secagg.messages import SEALED_BYTES, Revealed, Sealed, Signed
@@ -36,7 +36,7 @@ def masked(experiment: ExperimentConfig) -> ExperimentConfig:
 
 
 def plain_update(experiment: ExperimentConfig) -> Shareable:
-    arrays = {name: torch.zeros(shape) for name, shape in parameter_shapes(experiment.network, 2).items()}
+    arrays = {name: torch.zeros(shape) for name, shape in model_shapes(experiment).items()}
     return update_reply(arrays, weight=3.0, metrics={"train_loss": 1.0, "held_out_loss": 1.0, "seconds": 1.0})
 
 

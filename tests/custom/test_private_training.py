@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import AutoencoderConfig, ExperimentConfig, ScheduleConfig, TrainingConfig
 from custom.diffusion.networks import build_network
+from custom.diffusion.objective import denoising
 from custom.diffusion.schedule import build_schedule
 from custom.job_plan import privacy_plan
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
@@ -26,6 +27,7 @@ from custom.private_training import (
     trained_parameters,
 )
 from custom.site_state import SiteState
+from custom.stages import fresh_weights, stage_objective, stage_of
 from custom.strict import ConfigError
 from custom.training import TrainingDiverged, held_out_loss, learning_rate
 from medical_data.cohort import Cohort
@@ -36,6 +38,7 @@ from privacy.plan import AdaptiveClipping, DPConfig, DPPlan, calibrate
 from privacy.rng import SeededRandomnessForTests
 
 CPU = torch.device("cpu")
+DENOISING = denoising(nn.Identity(), build_schedule(ScheduleConfig()))
 MEAN_IMAGE = MeanImageConfig(clip_norm=10.0, noise_multiplier=4.0, warm_up_steps=5)
 
 
@@ -63,8 +66,7 @@ def plan_of(config: ExperimentConfig) -> DPPlan:
 
 
 def initial(config: ExperimentConfig) -> dict[str, Tensor]:
-    network = build_network(config.network, spatial_dims=config.preprocess.spatial_dims, seed=config.seed)
-    return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    return fresh_weights(config, seed=config.seed)
 
 
 def one_round(
@@ -99,10 +101,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # ---- a round
 
 
+@pytest.mark.parametrize("latent", [False, True], ids=["denoiser", "autoencoder"])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, spatial_dims: int) -> None:
+def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, spatial_dims: int, latent: bool) -> None:
     """The slow obvious reference: patient by patient, gradients clipped by hand, noise from the same stream."""
     config = private(experiment)
+    if latent:
+        config = replace(config, autoencoder=AutoencoderConfig(channels=(8, 8), latent_channels=2, rounds=1))
     edge = (8,) * spatial_dims
     if spatial_dims == 3:
         volumes = PreprocessConfig(spatial_dims=3, size=8, images_per_patient=4, spacing_mm=(8.0, 8.0, 8.0))
@@ -117,16 +122,17 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, sp
         held_out=np.array([True, False, False, True, False, False]),
         manifest_sha256="0" * 64,
     )
+    stage = stage_of(config, 0)
+    assert stage.name == ("autoencoder" if latent else "denoiser")
     update = one_round(config, cohort)
 
-    assert config.privacy is not None
-    network = build_network(config.network, spatial_dims=spatial_dims)
-    network.load_state_dict(initial(config))
+    objective = stage_objective(config, stage, initial(config), CPU)
+    network = objective.network
     parameters = dict(network.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=config.training.weight_decay)
     randomness = SeededRandomnessForTests(1)
-    draw = PatientDraws(cohort, plan_of(config), config.schedule.timesteps, torch.Generator().manual_seed(1), CPU)
-    loss = patient_loss(network, build_schedule(config.schedule))
+    draw = PatientDraws(cohort, plan_of(config), objective, torch.Generator().manual_seed(1), CPU)
+    loss = patient_loss(objective)
     for step in range(config.training.steps_per_round):
         sampled = randomness.poisson_sample(4, 0.75)
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -146,9 +152,10 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, sp
         noise_of = torch.cat([randomness.normal(block.shape).float() for block in blocks]).split(sizes)
         for (name, parameter), added in zip(parameters.items(), noise_of, strict=True):
             parameter.grad = (total[name] + 1.0 * 1.0 * added.view_as(parameter)) / (0.75 * 4)
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(stage, 0, step)
         optimizer.step()
     for name, tensor in network.state_dict().items():
+        name = stage.prefix + name
         torch.testing.assert_close(update.difference[name], tensor - initial(config)[name], atol=5e-5, rtol=1e-3)
 
 
@@ -221,7 +228,7 @@ def test_training_lowers_the_held_out_loss(experiment: ExperimentConfig, cohort:
     losses = []
     for values in (weights, {name: weights[name] + difference for name, difference in update.difference.items()}):
         network.load_state_dict(values)
-        losses.append(held_out_loss(network, schedule, cohort, CPU))
+        losses.append(held_out_loss(denoising(network, schedule), cohort, CPU))
     assert losses[1] < 0.9 * losses[0]
 
 
@@ -232,7 +239,7 @@ def test_a_patients_draws_are_the_patients_own_and_uniform(experiment: Experimen
     marked = replace(
         cohort, images=np.broadcast_to(np.arange(24, dtype=np.float32)[:, None, None, None], (24, 1, 2, 2)).copy()
     )
-    draw = PatientDraws(marked, plan_of(private(experiment)), 1000, torch.Generator().manual_seed(0), CPU)
+    draw = PatientDraws(marked, plan_of(private(experiment)), DENOISING, torch.Generator().manual_seed(0), CPU)
     trains = np.flatnonzero(~cohort.held_out)
     rows, times = [], []
     for _ in range(400):
@@ -271,7 +278,7 @@ def test_any_number_of_draws_works_with_any_number_of_images(draws: int, images:
         draws_per_patient=draws,
         noise_multiplier=1,
     )
-    draw = PatientDraws(cohort, calibrate(wanted, patients=2), 1000, torch.Generator().manual_seed(0), CPU)
+    draw = PatientDraws(cohort, calibrate(wanted, patients=2), DENOISING, torch.Generator().manual_seed(0), CPU)
     x0, _, timesteps = draw(np.array([0]))
     assert x0.shape[:2] == timesteps.shape == (1, draws)
     assert int(timesteps.max()) < 1000

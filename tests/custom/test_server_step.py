@@ -10,6 +10,7 @@ from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.model_file import ModelFile, load_model, save_checkpoint
 from custom.server_step import stepped
+from custom.stages import stage_of
 from custom.training import learning_rate
 
 
@@ -25,7 +26,7 @@ def test_steps_are_adamw_s_also_across_a_checkpoint(experiment: ExperimentConfig
     model = ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
     for number, gradient in enumerate(gradients):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(experiment, number)
+            group["lr"] = learning_rate(stage_of(experiment, number), number, 0)
         for name, parameter in zip(names, trained, strict=True):
             parameter.grad = torch.from_numpy(gradient[name])
         optimizer.step()

@@ -16,7 +16,7 @@ import torch
 from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
 from custom.config import ExperimentConfig, TrainingConfig
-from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.networks import build_network
 from custom.egress import EVALUATION_METRICS, MEAN_IMAGE, UPDATE_METRICS
 from custom.job_plan import privacy_plan
 from custom.masked_vector import gradient_shapes, session_encoding, shared_noise_encoding, split_means
@@ -25,6 +25,7 @@ from custom.secure_config import SecureAggregationConfig
 from custom.simulator_kits import make_kits
 from custom.site_file import HardwareConfig, SiteConfig
 from custom.site_sessions import SiteSessions, kit_root
+from custom.stages import model_shapes, stage_of
 from custom.strict import ConfigError
 from medical_data.cohort import Cohort, EmbeddedSource
 from privacy.accounting import SampledSkellam
@@ -84,7 +85,7 @@ class Sum:
         self.server = Server(session=of, rules=experiment.secure_aggregation.rules, root=kit_root(kits / "server"))
         for name, own in self.sites.items():
             self.server.add_advert(name, own.open(of))
-        self.encoding = session_encoding(experiment, of.task, parties=self.server.advertised)
+        self.encoding = session_encoding(experiment, of.task, of.round_number, parties=self.server.advertised)
         roster = self.server.roster(size=self.encoding.size)
         for name, own in self.sites.items():
             self.server.add_boxes(name, own.share(of, roster))
@@ -104,7 +105,7 @@ class Sum:
 
 
 def test_the_mean_under_masks_is_plain_fedavg_s(masked: ExperimentConfig, kits: Path, tmp_path: Path) -> None:
-    shapes = parameter_shapes(masked.network, 2)
+    shapes = model_shapes(masked)
     rng = np.random.default_rng(0)
     total = Sum(tmp_path, kits, masked, session(masked))
     plain, vectors, losses = InTimeAverage(shapes, replace(masked, secure_aggregation=None)), {}, []
@@ -276,7 +277,7 @@ def test_the_plan_counts_the_sum_s_noise(shared: ExperimentConfig) -> None:
     assert plan.config.shared_noise.honest_sites == 2
     event = plan.round_event
     assert isinstance(event, SampledSkellam)
-    assert event.dimensions == sum(int(np.prod(shape)) for shape in parameter_shapes(shared.network, 2).values())
+    assert event.dimensions == sum(int(np.prod(shape)) for shape in model_shapes(shared).values())
 
 
 @pytest.mark.parametrize(
@@ -316,6 +317,7 @@ def test_shares_add_up_under_masks_to_the_mean_with_the_plan_s_noise(
                 weights=weights,
                 config=shared,
                 plan=plan,
+                round_number=0,
                 device=torch.device("cpu"),
                 patients_in_memory=4,
                 sites=3,
@@ -334,13 +336,13 @@ def test_shares_add_up_under_masks_to_the_mean_with_the_plan_s_noise(
 
 def test_figures_are_not_under_shared_noise(shared: ExperimentConfig, masked: ExperimentConfig) -> None:
     assert shared.privacy is not None
-    assert shared_noise_encoding(shared, tasks.EVALUATE) is None
+    assert shared_noise_encoding(shared, tasks.EVALUATE, 0) is None
     with pytest.raises(InvalidPlan, match="nothing is summed"):
-        session_encoding(masked, "decrypt", parties=3)
+        session_encoding(masked, "decrypt", 0, parties=3)
     for experiment in (shared, replace(shared, privacy=replace(shared.privacy, mean_image=None))):
         for task in (tasks.DECRYPT, tasks.SECAGG) if experiment is shared else (tasks.RELEASE,):
             with pytest.raises(InvalidPlan, match="nothing is summed"):
-                session_encoding(experiment, task, parties=3)
+                session_encoding(experiment, task, 0, parties=3)
 
 
 def test_gradients_are_summed_in_the_order_of_the_parameters(shared: ExperimentConfig) -> None:
@@ -349,7 +351,7 @@ def test_gradients_are_summed_in_the_order_of_the_parameters(shared: ExperimentC
         experiment = replace(shared, privacy=replace(shared.privacy, trained=patterns))
         network = build_network(experiment.network, spatial_dims=2)
         trained = {name: tuple(p.shape) for name, p in trained_parameters(network, patterns).items()}
-        assert list(gradient_shapes(experiment).items()) == list(trained.items())
+        assert list(gradient_shapes(experiment, stage_of(experiment, 0)).items()) == list(trained.items())
 
 
 def test_a_policy_lets_masks_pass_on_its_own_terms_only(shared: ExperimentConfig) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
+from custom.diffusion.objective import denoising
 from custom.diffusion.schedule import build_schedule
 from custom.site_state import SiteState
+from custom.stages import stage_of
 from custom.training import (
     LocalUpdate,
     TrainingDiverged,
@@ -75,7 +77,7 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, co
             error = network(x=x_t[None], timesteps=timesteps[i : i + 1])[0] - v
             (error.square().mean() / 4).backward()
         nn.utils.clip_grad_norm_(network.parameters(), experiment.training.gradient_clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(experiment, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(stage_of(experiment, 0), 0, step)
         optimizer.step()
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(update.difference[name], tensor - weights[name], atol=2e-5, rtol=1e-3)
@@ -129,17 +131,19 @@ def test_held_out_loss_uses_held_out_patients_and_the_same_noise_each_time(
     experiment: ExperimentConfig, cohort: Cohort
 ) -> None:
     network, schedule = build_network(experiment.network, spatial_dims=2, seed=0), build_schedule(experiment.schedule)
-    loss = held_out_loss(network, schedule, cohort, CPU)
-    assert loss == held_out_loss(network, schedule, cohort, CPU)
+    objective = denoising(network, schedule)
+    loss = held_out_loss(objective, cohort, CPU)
+    assert loss == held_out_loss(objective, cohort, CPU)
     train_rows = cohort.rows("train")
     changed = cohort.images.copy()
     changed[train_rows] = 0
-    assert loss == held_out_loss(network, schedule, replace(cohort, images=changed), CPU)
+    assert loss == held_out_loss(objective, replace(cohort, images=changed), CPU)
 
 
 def test_learning_rate_warms_up_and_ends_near_zero(experiment: ExperimentConfig) -> None:
     config = replace(experiment, training=replace(experiment.training, steps_per_round=100, warmup_steps=20))
-    rates = [learning_rate(config, step) for step in range(config.total_steps)]
+    stage = stage_of(config, 0)
+    rates = [learning_rate(stage, *divmod(step, 100)) for step in range(stage.total_steps)]
     assert rates[0] < rates[10] < rates[20]
     assert max(rates) <= config.training.learning_rate
     assert rates[-1] < 1e-4 * config.training.learning_rate

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from simulator import EMBEDDED, Run, simulate, write_job
 
 from custom.config import ExperimentConfig, TrainingConfig
-from custom.diffusion.networks import parameter_shapes
 from custom.he_packing import packed_size
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
+from custom.stages import model_shapes
 
 # The first of them that is asked to open a sum errs once. Their numbers of patients, and so their weights, differ.
 SITES = {f"shy-{n}": EMBEDDED.format(number=n).replace("patients = 16", f"patients = {12 + 4 * n}") for n in (1, 2, 3)}
@@ -83,7 +83,7 @@ def test_it_gives_the_model_of_the_plain_job(encrypted: Run, plain: Run) -> None
 @pytest.mark.parametrize("site", SITES)
 def test_no_update_leaves_a_site_in_the_clear(encrypted: Run, site: str) -> None:
     """Every reply of the site, as it went to the network."""
-    shapes = parameter_shapes(encrypted.experiment.network, 2)
+    shapes = model_shapes(encrypted.experiment)
     updates = figures = 0
     for dxo in replies(encrypted, site):
         data, meta = dxo["data"], dxo["meta"]

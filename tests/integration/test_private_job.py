@@ -22,7 +22,7 @@ from simulator import REPOSITORY, Run, simulate
 
 from custom.cli import main
 from custom.config import ExperimentConfig, TrainingConfig
-from custom.diffusion.networks import build_network, parameter_shapes
+from custom.diffusion.networks import build_network
 from custom.egress import MEAN_IMAGE
 from custom.job_plan import privacy_plan
 from custom.kept_release import KEPT_FILE
@@ -30,6 +30,7 @@ from custom.model_file import ModelFile, save_model
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
 from custom.site_ledger import open_ledger
+from custom.stages import model_shapes
 from privacy.accounting import MechanismEvent, epsilon
 from privacy.ledger import Statement
 from privacy.plan import RELEASE_BEFORE_TRAINING, DPPlan
@@ -130,7 +131,7 @@ def test_every_release_was_charged_and_no_other(completed: Run, plan: DPPlan, si
 @pytest.mark.parametrize("site", SITES)
 def test_all_that_leaves_is_on_the_list(completed: Run, federation: ExperimentConfig, site: str) -> None:
     """Every reply of the site, as it went to the network, against the list in docs/threat_model.md."""
-    model = set(parameter_shapes(federation.network, 2))
+    model = set(model_shapes(federation))
     left: set[str] = set()
     for reply in replies(completed, site):
         headers = reply.pop("__headers__")

@@ -83,6 +83,35 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, subject: Scan | Generated) -> N
         assert [line for line in errors if "0x0008,0x001c" not in line] == []
 
 
+@pytest.mark.skipif(shutil.which("dcentvfy") is None, reason="dcentvfy (dicom3tools) is not installed")
+def test_dcentvfy_finds_one_consistent_series(tmp_path: Path) -> None:
+    files = write_ct_series(some_volume(), tmp_path, subject=GENERATED, uid_seed="study")
+    report = subprocess.run(["dcentvfy", *map(str, files)], capture_output=True, text=True, check=True)
+    assert "Error" not in report.stdout + report.stderr
+
+
+@pytest.mark.skipif(shutil.which("dcmdump") is None, reason="dcmdump (dcmtk) is not installed")
+def test_dcmtk_reads_every_file(tmp_path: Path) -> None:
+    for file in write_ct_series(some_volume(), tmp_path, subject=GENERATED, uid_seed="study"):
+        dump = subprocess.run(["dcmdump", str(file)], capture_output=True, text=True, check=True)
+        assert dump.stderr == ""
+        assert "(7fe0,0010) OW" in dump.stdout
+
+
+def test_a_series_is_one_evenly_stepped_frame_of_reference(tmp_path: Path) -> None:
+    tilt = np.deg2rad(10)
+    along = (0.0, -float(np.sin(tilt)), float(np.cos(tilt)))
+    direction = (along, (0.0, float(np.cos(tilt)), float(np.sin(tilt))), (1.0, 0.0, 0.0))
+    volume = some_volume(9, origin_mm=(-10.5, 20.25, 300.0), direction=direction)
+    files = write_ct_series(volume, tmp_path, subject=GENERATED, uid_seed="sample 7")
+    headers = [pydicom.dcmread(file) for file in files]
+    for keyword in ("FrameOfReferenceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+        assert len({header[keyword].value for header in headers}) == 1
+    assert len({tuple(header.ImageOrientationPatient) for header in headers}) == 1
+    steps = np.diff(np.array([header.ImagePositionPatient for header in headers], dtype=float), axis=0)
+    assert steps == pytest.approx(np.tile(12.5 * np.array(along), (8, 1)), abs=1e-6)
+
+
 def test_read_back_equals_what_was_written(tmp_path: Path) -> None:
     volume = some_volume(origin_mm=(-187.123456789, -200.5, -312.7))
     back = read_series(write_ct_series(volume, tmp_path, subject=SCAN, uid_seed="study"))
@@ -101,6 +130,7 @@ def test_read_back_equals_what_was_written(tmp_path: Path) -> None:
     origin=st.tuples(*[st.floats(-500, 500)] * 3),
     spacing=st.tuples(*[st.floats(0.3, 20)] * 3),
     depth=st.integers(2, 5),
+    subject=st.sampled_from([SCAN, GENERATED]),
 )
 def test_any_orientation_survives(
     order: tuple[int, ...],
@@ -110,6 +140,7 @@ def test_any_orientation_survives(
     origin: tuple[float, float, float],
     spacing: tuple[float, float, float],
     depth: int,
+    subject: Scan | Generated,
 ) -> None:
     about_z = np.array([[np.cos(roll), np.sin(roll), 0], [-np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
@@ -118,7 +149,7 @@ def test_any_orientation_survives(
         depth, origin_mm=origin, spacing_mm=spacing, direction=tuple(tuple(map(float, row)) for row in rows)
     )
     with TemporaryDirectory() as folder:
-        back = read_series(write_ct_series(volume, Path(folder), subject=SCAN, uid_seed="oblique"))
+        back = read_series(write_ct_series(volume, Path(folder), subject=subject, uid_seed="oblique"))
     expected = volume.canonical()
     assert np.array_equal(back.hu, expected.hu)
     assert back.spacing_mm == pytest.approx(expected.spacing_mm, rel=1e-5)

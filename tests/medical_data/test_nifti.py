@@ -11,10 +11,12 @@ import pytest
 from ct_samples import AFFINE, ORIGIN_MM, SPACING_MM, anatomy, series_datasets, write, write_nifti, xyz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from medical_data import errors
 from medical_data.dicom import read_series
 from medical_data.nifti import read_nifti
+from medical_data.volume import Volume
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -42,6 +44,40 @@ def test_any_storage_order_gives_the_same_volume(tmp_path: Path, order: list[int
     np.testing.assert_array_equal(volume.hu, anatomy())
     np.testing.assert_allclose(volume.origin_mm, ORIGIN_MM, atol=1e-5)
     np.testing.assert_allclose(volume.spacing_mm, SPACING_MM, rtol=1e-6)
+
+
+@given(
+    turns=st.tuples(*[st.floats(-0.6, 0.6)] * 3),
+    order=st.permutations([0, 1, 2]),
+    signs=st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 20)] * 3),
+    origin=st.tuples(*[st.floats(-500, 500)] * 3),
+)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_oblique_volume_reads_back(
+    tmp_path: Path,
+    turns: tuple[float, ...],
+    order: list[int],
+    signs: tuple[float, ...],
+    spacing: tuple[float, float, float],
+    origin: tuple[float, float, float],
+) -> None:
+    rows = (Rotation.from_euler("xyz", turns).as_matrix() @ np.diag(signs))[order]
+    volume = Volume(
+        hu=anatomy().astype(np.float32),
+        spacing_mm=spacing,
+        origin_mm=origin,
+        direction=tuple(tuple(map(float, row)) for row in rows),  # type: ignore[arg-type]
+    )
+    affine = np.eye(4)
+    affine[:3, :3] = (rows * np.array(spacing)[:, None])[::-1].T  # columns: where x, y and z of the file grow to
+    affine[:3, 3] = origin
+    read = read_nifti(write_nifti(tmp_path / "ct.nii", xyz(anatomy()), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine))
+    wanted = volume.canonical()
+    np.testing.assert_array_equal(read.hu, wanted.hu)
+    np.testing.assert_allclose(read.spacing_mm, wanted.spacing_mm, rtol=1e-5)
+    np.testing.assert_allclose(read.origin_mm, wanted.origin_mm, atol=1e-3)
+    np.testing.assert_allclose(read.direction, wanted.direction, atol=1e-5)
 
 
 def _data_and_affine(image: nib.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:

@@ -275,7 +275,7 @@ def test_every_hospital_of_our_site_file_is_read_from_its_own_kit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(SITE_FILE_VARIABLE, raising=False)
-    assert {*SITES, "large-1", "large-2", "large-3"} == set(HOSPITALS)
+    assert {f"{kind}-{number}" for kind in ("site", "large", "volumes") for number in (1, 2, 3)} == set(HOSPITALS)
     federation = provision(tmp_path, sites=HOSPITALS)
     prepare_nodes(federation)
     for name in HOSPITALS:

@@ -103,7 +103,7 @@ def one_gradient(model: Model, image: NDArray[np.float32], *, seed: int = 0) -> 
     loss, parameters = model
     total = torch.zeros(())
     for t in TIMESTEPS:
-        noise = shared_noise(seed, t, 0, image.shape[1:])
+        noise = shared_noise(seed, t, 0, image.shape)
         total = total + loss(parameters, torch.from_numpy(image)[None], noise, torch.tensor([t]))[0] / len(TIMESTEPS)
     return list(torch.autograd.grad(total, list(parameters.values())))
 

@@ -185,7 +185,7 @@ def cosines(
 def pull(model: Model, weights: Weights, image: Images) -> Weights:
     """−∇ of one image's loss [1, 1, 8, 8] with the attacker's own noise of seed 0."""
     x0 = torch.from_numpy(image).expand(len(TIMESTEPS), -1, -1, -1)
-    noise = torch.cat([shared_noise(0, t, 0, image.shape[2:]) for t in TIMESTEPS])
+    noise = torch.cat([shared_noise(0, t, 0, image.shape[1:]) for t in TIMESTEPS])
     return scaled(gradient(model[0], weights, x0, noise, TIMESTEPS), -1.0)
 
 

@@ -1,0 +1,153 @@
+"""What a run trains, one after the other: the autoencoder, if it is not a frozen one, and the denoiser.
+
+Both are rounds of the same run: the same tasks, checks, gates, plan of differential privacy and masks. A round's stage
+decides only which of the model's tensors are trained and leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from custom.config import ExperimentConfig, TrainingConfig
+from custom.diffusion.autoencoder import Autoencoder, build_autoencoder
+from custom.diffusion.networks import Shapes, build_network, shapes_of
+from custom.diffusion.objective import Objective, denoising, reconstructing
+from custom.diffusion.schedule import build_schedule
+
+PREFIX = "autoencoder."  # of its tensors' names in a model and in messages; the denoiser's have none
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Rounds that train the same tensors.
+
+    Attributes:
+        name: of what they train.
+        first: number of the first one.
+        rounds: how many.
+        training: a site's work in each.
+    """
+
+    name: Literal["autoencoder", "denoiser"]
+    first: int
+    rounds: int
+    training: TrainingConfig
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of the tensors that are trained."""
+        return PREFIX if self.name == "autoencoder" else ""
+
+    @property
+    def total_steps(self) -> int:
+        """Gradient steps that one site makes over all rounds of the stage."""
+        return self.rounds * self.training.steps_per_round
+
+    def needed(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Those of a model's tensors that a site needs, by their names: a denoiser's rounds also encode images."""
+        return {key: tensor for key, tensor in tensors.items() if key.startswith(self.prefix)}
+
+    def own(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Those of a model's tensors that the stage trains, under the network's own names."""
+        return part(tensors, self.name)
+
+
+def part(tensors: Mapping[str, T], name: Literal["autoencoder", "denoiser"]) -> dict[str, T]:
+    """One network's tensors out of a model's, under the network's own names."""
+    if name == "denoiser":
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+
+
+def stages(experiment: ExperimentConfig) -> tuple[Stage, ...]:
+    """The stages of a run in their order."""
+    rounds, autoencoder = experiment.federation.rounds, experiment.autoencoder
+    first = 0 if autoencoder is None else autoencoder.rounds
+    last = Stage(name="denoiser", first=first, rounds=rounds - first, training=experiment.training)
+    if autoencoder is None or not first:
+        return (last,)
+    training = experiment.training if autoencoder.training is None else autoencoder.training
+    return Stage(name="autoencoder", first=0, rounds=first, training=training), last
+
+
+def stage_of(experiment: ExperimentConfig, round_number: int) -> Stage:
+    """The stage of a round; after the last round, the last stage."""
+    return max((stage for stage in stages(experiment) if stage.first <= round_number), key=lambda stage: stage.first)
+
+
+@lru_cache(maxsize=8)
+def stage_shapes(experiment: ExperimentConfig, stage: Stage) -> Shapes:
+    """Name, as in messages, and shape of every tensor that a stage trains."""
+    with torch.device("meta"):
+        network = _denoiser(experiment) if stage.name == "denoiser" else _autoencoder(experiment)
+    return {stage.prefix + name: shape for name, shape in shapes_of(network).items()}
+
+
+@lru_cache(maxsize=8)
+def model_shapes(experiment: ExperimentConfig) -> Shapes:
+    """Name and shape of every tensor of the model, a frozen autoencoder's too."""
+    with torch.device("meta"):
+        shapes = shapes_of(_denoiser(experiment))
+        if experiment.autoencoder is not None:
+            shapes |= {PREFIX + name: shape for name, shape in shapes_of(_autoencoder(experiment)).items()}
+    return shapes
+
+
+def fresh_weights(experiment: ExperimentConfig, *, seed: int) -> dict[str, Tensor]:
+    """Weights of a new model by name, which the seed determines."""
+    weights = dict(_denoiser(experiment, seed).state_dict())
+    if experiment.autoencoder is not None:
+        weights |= {PREFIX + name: tensor for name, tensor in _autoencoder(experiment, seed).state_dict().items()}
+    return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def stage_objective(
+    experiment: ExperimentConfig, stage: Stage, weights: Mapping[str, Tensor], device: torch.device
+) -> Objective:
+    """The network that a stage trains, with the model's weights in it, and its loss."""
+    if stage.name == "denoiser":
+        network = _denoiser(experiment)
+        objective = denoising(network, build_schedule(experiment.schedule))
+    else:
+        assert experiment.autoencoder is not None  # noqa: S101 - it has such a stage
+        network = _autoencoder(experiment)
+        objective = reconstructing(network, experiment.autoencoder)
+    network.load_state_dict(stage.own(weights))
+    network.to(device)
+    return objective
+
+
+def model_denoiser(experiment: ExperimentConfig, weights: Mapping[str, Tensor]) -> torch.nn.Module:
+    """The denoiser of a model."""
+    network = _denoiser(experiment)
+    network.load_state_dict(part(weights, "denoiser"))
+    return network
+
+
+def model_autoencoder(experiment: ExperimentConfig, weights: Mapping[str, Tensor]) -> Autoencoder:
+    """The autoencoder of a model that has one."""
+    network = _autoencoder(experiment)
+    network.load_state_dict(part(weights, "autoencoder"))
+    return network.eval()
+
+
+def _denoiser(experiment: ExperimentConfig, seed: int | None = None) -> torch.nn.Module:
+    return build_network(
+        experiment.network,
+        spatial_dims=experiment.preprocess.spatial_dims,
+        channels=experiment.denoised_shape[0],
+        seed=seed,
+    )
+
+
+def _autoencoder(experiment: ExperimentConfig, seed: int | None = None) -> Autoencoder:
+    assert experiment.autoencoder is not None  # noqa: S101 - whoever calls this has looked
+    return build_autoencoder(experiment.autoencoder, spatial_dims=experiment.preprocess.spatial_dims, seed=seed)
