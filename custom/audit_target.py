@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from custom.config import ExperimentConfig
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.schedule import Schedule
+from custom.strict import require
 from privacy.audit.queries import Denoiser
 
 Loss = Callable[[Mapping[str, Tensor], Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +32,12 @@ def denoiser(network: nn.Module, schedule: Schedule, device: torch.device) -> De
         return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
 
     return Denoiser(epsilon=epsilon, alphas_cumprod=alphas_cumprod)
+
+
+def require_images(experiment: ExperimentConfig, argument: str) -> None:
+    """Refuse an attack that knows images only, where the model denoises latents; raises ``ConfigError``."""
+    remedy = "leave it out: it attacks models of images, and this one denoises latents"
+    require(experiment.autoencoder is None, argument=argument, value=experiment.name, remedy=remedy)
 
 
 def loss_function(network: nn.Module, schedule: Schedule) -> Loss:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from custom.audit_target import loss_function
+from custom.audit_target import loss_function, require_images
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
@@ -68,9 +68,10 @@ def run_with_canaries(
         progress: show a bar on stderr.
 
     Raises:
-        ConfigError: an experiment without differential privacy, or too few canaries.
+        ConfigError: an experiment without differential privacy or on latents, or too few canaries.
         BrokenCommitment: the folder holds canaries already, or they changed during training.
     """
+    require_images(experiment, "--canaries")
     plan = privacy_plan(experiment)
     require(plan is not None, argument="canaries", value=count, remedy="a model without differential privacy has none")
     assert plan is not None  # noqa: S101 - required above

@@ -6,7 +6,19 @@ import argparse
 import sys
 from importlib import metadata
 
-from custom.commands import audit, data, evaluate, ledger, plan, pretrain, receipt, release, sample, simulator_keys
+from custom.commands import (
+    audit,
+    data,
+    evaluate,
+    ledger,
+    plan,
+    preflight,
+    pretrain,
+    receipt,
+    release,
+    sample,
+    simulator_keys,
+)
 from custom.run_folder import RunFailed
 from custom.strict import ConfigError
 from medical_data.errors import MedicalDataError
@@ -37,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (
         data,
         plan,
+        preflight,
         pretrain,
         sample,
         evaluate,

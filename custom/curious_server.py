@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from custom.audit_config import AuditConfig
 from custom.audit_scores import Description, timesteps
-from custom.audit_target import denoiser, loss_function
+from custom.audit_target import denoiser, loss_function, require_images
 from custom.config import ExperimentConfig
 from custom.job_plan import privacy_plan
 from custom.model_file import ModelFile
@@ -94,6 +94,7 @@ def watch(
         device: where to compute.
         progress: show a bar on stderr.
     """
+    require_images(model.experiment, "--updates")
     starts, by_site, models = _rounds(model, cohorts, device, progress)
     network, schedule = model.sampling_network()
     loss = loss_function(network.to(device), schedule)

@@ -63,10 +63,16 @@ def mixed_precision(device: torch.device, precision: Precision = "auto") -> Abst
 
     Args:
         device: where the tensors are.
-        precision: ``auto`` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 was ten times slower.
+        precision: ``auto`` is bfloat16 on CUDA and float32 on the CPU: processors without instructions for bfloat16
+            are ten times slower with it.
     """
     low = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for bfloat16, with which it takes less time as well as less memory."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
 def images_at_once(shape: Sequence[int]) -> int:

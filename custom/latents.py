@@ -26,7 +26,7 @@ def encoded(autoencoder: Autoencoder, images: NDArray[np.float32], device: torch
     autoencoder.to(device).eval()
     batch = images_at_once(images.shape[1:])
     pieces = [
-        autoencoder.encode(torch.from_numpy(images[first : first + batch]).to(device)).cpu().numpy()
+        autoencoder.encode(torch.from_numpy(images[first : first + batch].copy()).to(device)).cpu().numpy()
         for first in range(0, len(images), batch)
     ]
     return np.concatenate(pieces)

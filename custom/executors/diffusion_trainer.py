@@ -55,7 +55,7 @@ from custom.egress import (
     released_shapes,
     statistics_that_leave,
 )
-from custom.evaluation import MIN_IMAGES, evaluate
+from custom.evaluation import MIN_IMAGES, Evaluation, evaluate
 from custom.filters.egress_gate import checked, passed
 from custom.filters.encryption import require_encryption
 from custom.he_contexts import CLIENT_CONTEXT
@@ -80,6 +80,7 @@ from custom.site_state import SiteState
 from custom.stages import model_autoencoder, stage_objective, stage_of
 from custom.strict import require
 from custom.training import held_out_loss, train_round
+from custom.volume_evaluation import VolumeEvaluation, evaluate_volumes, fewest_volumes
 from medical_data.cohort import Cohort, prepare_cohort
 from privacy.accounting import MechanismEvent
 from privacy.ledger import Attempt, BudgetExceeded, Ledger, Run
@@ -525,10 +526,12 @@ def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) ->
     )
     site.say(f"real beside generated, for this site's eyes only: {pictures / 'real_and_generated.png'}")
     per_patient = int(np.bincount(cohort.patient).max())
-    if min(len(held_out), len(train), len(generated)) < max(MIN_IMAGES, per_patient + 3):
+    volumes = preprocess.spatial_dims == 3
+    fewest = fewest_volumes(per_patient) if volumes else max(MIN_IMAGES, per_patient + 3)
+    if min(len(held_out), len(train), len(generated)) < fewest:
         site.say("too few images for EffNet-KID: it is left out")
         return {}
-    result = evaluate(
+    result: Evaluation | VolumeEvaluation = (evaluate_volumes if volumes else evaluate)(
         generated, held_out, train=train, untrained=untrained, images_per_patient=per_patient, seed=experiment.seed
     )
     (pictures / "evaluation.txt").write_text(result.table() + "\n", encoding="utf-8")

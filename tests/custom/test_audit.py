@@ -18,13 +18,15 @@ from custom.audit_target import denoiser
 from custom.audit_training import fit
 from custom.canary_run import run_with_canaries
 from custom.cli import main
-from custom.config import ExperimentConfig
+from custom.config import AutoencoderConfig, ExperimentConfig
 from custom.curious_server import watch
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
-from custom.model_file import ModelFile, load_model, save_model
+from custom.latents import encoded
+from custom.model_file import ModelFile, initial_model, load_model, save_model
 from custom.strict import ConfigError
 from medical_data.cohort import Cohort, DataLimits, EmbeddedSource, prepare_cohort
+from medical_data.preprocess import PreprocessConfig
 from privacy.audit.decision import DecisionRule, decide
 from privacy.audit.errors import BrokenCommitment, Overlap
 from privacy.audit.evidence import Evidence
@@ -51,8 +53,6 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def phantoms(hospital: int, patients: int, home: Path, held_out: float = 0.5) -> Cohort:
-    from medical_data.preprocess import PreprocessConfig
-
     return prepare_cohort(
         source=EmbeddedSource(hospital=hospital, patients=patients, slices=2, matrix=64, seed=1),
         preprocess=PreprocessConfig(size=16, images_per_patient=2),
@@ -265,3 +265,56 @@ def test_the_command_writes_every_report(overfitted: Path, tmp_path: Path, capsy
     assert "data:image" not in (out / "audit.html").read_text()
     assert main([*words, "--canaries", "30"]) == 2
     assert "new" in capsys.readouterr().err
+
+
+# ---- volumes and latents
+
+
+@pytest.mark.parametrize("latent", [False, True], ids=["volumes", "latents"])
+def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
+    experiment: ExperimentConfig, tmp_path: Path, latent: bool
+) -> None:
+    """Every attack, control and screen of the audit on volumes, also where the network sees only their latents."""
+    volumes = PreprocessConfig(spatial_dims=3, size=16, images_per_patient=1, spacing_mm=(12.0, 26.0, 26.0))
+    experiment = replace(experiment, preprocess=volumes)
+    if latent:
+        experiment = replace(
+            experiment, autoencoder=AutoencoderConfig(channels=(8, 8), latent_channels=2, frozen="public")
+        )
+    cohort = prepare_cohort(
+        source=EmbeddedSource(hospital=0, patients=40, slices=16, matrix=64, seed=1),
+        preprocess=volumes,
+        limits=DataLimits(held_out_fraction=0.5),
+        home=tmp_path / "a",
+    )
+    model = initial_model(experiment)
+    images = np.asarray(cohort.images[cohort.rows("train")])
+    network, schedule = model.sampling_network()
+    autoencoder = model.autoencoder()
+    known = images if autoencoder is None else encoded(autoencoder, images, CPU)
+    torch.manual_seed(0)
+    fit(network, schedule, known, steps=400, seed=0, device=CPU, label="", progress=False)
+    weights = {**model.weights, **network.state_dict()}
+    save_model(tmp_path / "model.safetensors", replace(model, weights=weights, ema=weights))
+    evidence = audited(tmp_path / "model.safetensors", {"a": cohort}, images_per_patient=1, samples=12)
+    strongest = evidence.attacks[evidence.strongest].outcome
+    assert strongest.patient_auc.estimate > 0.85
+    assert min(attack.adjusted_p for attack in evidence.attacks) < 0.01
+    assert {attack.name for attack in evidence.attacks} >= {"loss", "secmi", "band_pass", "gradients", "stacked"}
+    assert {screen.samples for screen in evidence.copies} == {12}
+    assert {control.name for control in evidence.controls} == {"overfitted", "untrained", "shuffled"}
+    assert evidence.blind is not None
+
+
+def test_attacks_by_updates_and_canaries_are_of_images_not_of_latents(
+    experiment: ExperimentConfig, cohorts: tuple[Cohort, Cohort], tmp_path: Path
+) -> None:
+    latent = replace(experiment, autoencoder=AutoencoderConfig(channels=(8, 8), frozen="public"))
+    model = initial_model(latent)
+    population = population_of(cohorts[0], "a", CONFIG)
+    with pytest.raises(ConfigError, match="--updates"):
+        watch(model, {"a": cohorts[0]}, population, CONFIG, device=CPU, progress=False)
+    with pytest.raises(ConfigError, match="--canaries"):
+        run_with_canaries(
+            latent, cohorts[0], count=4, folder=tmp_path, device=CPU, patients_in_memory=4, progress=False
+        )

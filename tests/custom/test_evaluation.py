@@ -206,6 +206,24 @@ def test_at_one_scale_it_is_ssim() -> None:
     assert mean_pairwise_ms_ssim(images, seed=0) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_of_volumes_it_is_ssim_in_three_dimensions() -> None:
+    y, x, z = np.mgrid[-1:1:16j, -1:1:20j, -1:1:13j]
+    bodies = [np.where((x / wide) ** 2 + y**2 + z**2 < 0.7, 0.2, -1).astype(np.float32) for wide in (0.8, 1.1)]
+    volumes = noisy(np.stack(bodies)[:, None], 0.05)
+    one, other = (volumes[:, 0].astype(np.float64) + 1) / 2
+    wanted = structural_similarity(
+        one, other, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert 0.1 < wanted < 0.9
+    assert mean_pairwise_ms_ssim(volumes, seed=0) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_collapse_of_volumes_scores_one_and_unrelated_noise_about_zero() -> None:
+    noise = np.random.default_rng(0).uniform(-1, 1, (4, 1, 32, 32, 32)).astype(np.float32)
+    assert mean_pairwise_ms_ssim(np.repeat(noise[:1], 3, axis=0), seed=0) == pytest.approx(1, abs=1e-5)
+    assert mean_pairwise_ms_ssim(noise, seed=0) < 0.1
+
+
 def test_collapse_scores_one_and_unrelated_noise_about_zero() -> None:
     collapsed = np.repeat(thoraxes(1, seed=0), 12, axis=0)
     assert mean_pairwise_ms_ssim(collapsed, seed=0) == pytest.approx(1, abs=1e-5)

@@ -263,19 +263,46 @@ def test_samples_that_were_not_screened_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_volumes_are_refused_as_a_synthetic_set(made: Made, tmp_path: Path) -> None:
-    flat = made.model.experiment.preprocess
-    volumes = replace(flat, spatial_dims=3, spacing_mm=(1.0, 1.0, 1.0))
-    experiment = replace(made.model.experiment, preprocess=volumes)
-    identity = replace(made.evidence.model, config_sha256=experiment.sha256)
-    with pytest.raises(ReleaseRefused, match="of slices"):
-        released(
-            made,
-            tmp_path / "out",
-            form="dicom",
-            model=replace(made.model, experiment=experiment),
-            evidence=replace(made.evidence, model=identity),
-        )
+def test_volumes_leave_as_series_of_their_true_size(made: Made, tmp_path: Path) -> None:
+    """A model of volumes, of which two samples are withheld."""
+    flat = made.model.experiment
+    preprocess = replace(flat.preprocess, spatial_dims=3, spacing_mm=(6.5, 13.0, 12.5))
+    experiment = replace(flat, preprocess=preprocess)
+    weights = dict(build_network(experiment.network, spatial_dims=3, seed=1).state_dict())
+    file = tmp_path / "volumes.safetensors"
+    save_model(file, ModelFile(experiment=experiment, rounds_done=2, weights=weights, ema=weights))
+    model = load_model(file)
+    evidence = replace(made.evidence, model=model_identity(model, file_sha256(file)))
+    solid = replace(made, model=model, file=file, evidence=evidence)
+    out = tmp_path / "out"
+    assert released(solid, out, form="dicom") == [1, 4]
+    folders = sorted((out / "samples").iterdir())
+    assert [folder.name for folder in folders] == [f"sample_000{index}" for index in (0, 2, 3, 5)]
+    for folder in folders:
+        headers = [pydicom.dcmread(slice_) for slice_ in sorted(folder.iterdir())]
+        assert len(headers) == 16
+        assert len({header.SeriesInstanceUID for header in headers}) == 1
+        assert {header.SyntheticData for header in headers} == {"YES"}
+        assert {tuple(header.PixelSpacing) for header in headers} == {(13, 12.5)}
+        assert [header.ImagePositionPatient[2] for header in headers] == [6.5 * index for index in range(16)]
+    receipt = json.loads((out / "release.json").read_text())
+    assert len([name for name in receipt["files"] if name.endswith(".dcm")]) == 4 * 16
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "Synthetic CT volumes" in card
+    assert "16×16×16 voxels" in card
+    assert "a voxel is 6.5×13×12.5 mm (D×H×W) and lengths are true" in card
+    assert "no body is scaled, a volume shows a patch of one" in card
+    assert "lengths mean nothing" not in card
+
+
+def test_the_card_of_slices_warns_of_lengths(made: Made, tmp_path: Path) -> None:
+    released(made, tmp_path / "out", form="dicom")
+    card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+    assert "Synthetic CT slices" in card
+    assert "16×16 pixels" in card
+    assert "every body is scaled to the frame, so lengths mean nothing" in card
+    headers = [pydicom.dcmread(file) for file in sorted((tmp_path / "out").rglob("*.dcm"))]
+    assert {tuple(header.PixelSpacing) for header in headers} == {(6, 6)}
 
 
 def test_nothing_is_overwritten(made: Made, tmp_path: Path) -> None:
