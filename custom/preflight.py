@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -181,6 +182,7 @@ def levers(
     def lever(
         setting: str, values: Sequence[T], change: Callable[[T], tuple[ExperimentConfig, HardwareConfig]]
     ) -> Lever:
+        @cache
         def needed(value: T) -> int:
             return memory_bytes(*change(value), patients=patients)
 
@@ -421,10 +423,12 @@ def _private_step(work: _Work, objective: Objective) -> Callable[[], object]:
     draws = _draws(work, objective, work.count, privacy.draws_per_patient)
 
     def step() -> None:
+        sums: dict[str, Tensor] = {}
         for _ in range(work.chunks):
             gradients = per_patient_gradients(loss, parameters, draws)
+            sums = {name: gradient.sum(dim=0) + sums.get(name, 0.0) for name, gradient in gradients.items()}
         for name, parameter in parameters.items():
-            parameter.grad = gradients[name].sum(dim=0)
+            parameter.grad = sums[name]
         optimizer.step()
 
     return step

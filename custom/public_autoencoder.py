@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def with_public_autoencoder(
         file: state of a MONAI AutoencoderKL of the experiment's architecture, ``.safetensors`` or a torch file, of
             which only tensors are read.
         experiment: whose autoencoder it is to be.
-        images: public, [N, 1, *spatial] in [-1, 1]: their latents' standard deviation becomes the scale.
+        images: public, [N, 1, *spatial] in [-1, 1]: their latents' mean and standard deviation become centre and scale.
 
     Raises:
         ConfigError: no such file, or other tensors than MONAI's AutoencoderKL of that architecture has.
@@ -48,15 +47,16 @@ def with_public_autoencoder(
             f"--autoencoder = {file}: {len(differing)} tensors are not those of the job's autoencoder, such as {name}: "
             f"{found.get(name)}, wanted {wanted.get(name)}; describe its architecture in the job's autoencoder block"
         )
-    scale = weights[f"{PREFIX}scale"]
+    zeros = torch.zeros_like(weights[f"{PREFIX}scale"])
     taken = {f"{PREFIX}{KL}{name}": tensor.float() for name, tensor in state.items()}
-    unscaled = {**weights, **taken, f"{PREFIX}scale": torch.zeros_like(scale)}
-    latents = encoded(model_autoencoder(experiment, unscaled), images, torch.device("cpu"))
-    deviation = np.sqrt(np.square(latents, dtype=np.float64).mean(axis=(0, *range(2, latents.ndim))))
+    unscaled = {**weights, **taken, f"{PREFIX}shift": zeros, f"{PREFIX}scale": zeros}
+    latents = encoded(model_autoencoder(experiment, unscaled), images, torch.device("cpu")).astype(np.float64)
+    axes = (0, *range(2, latents.ndim))
+    centre, deviation = latents.mean(axis=axes), latents.std(axis=axes)
     argument, remedy = "--autoencoder: latents", "it gives nothing of these images; is it one for CT in [-1, 1]?"
     require(bool(np.isfinite(deviation).all() and deviation.min() > 0), argument=argument, value=None, remedy=remedy)
-    logarithms = [math.log(float(one)) / SCALE_RATE for one in deviation]
-    return {**unscaled, f"{PREFIX}scale": torch.tensor(logarithms).view_as(scale)}
+    found = {"shift": centre / SCALE_RATE, "scale": np.log(deviation) / SCALE_RATE}
+    return {**unscaled, **{PREFIX + name: torch.from_numpy(one).float().view_as(zeros) for name, one in found.items()}}
 
 
 def _read(file: Path) -> dict[str, Tensor]:

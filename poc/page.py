@@ -362,7 +362,11 @@ def _losses_said(run: RunView) -> str:
     if not run.rounds:
         return "Losses are not known yet: no round is done."
     if any("train_loss" in said or "held_out_loss" in said for said in said_by_sites(run)):
-        return "The loss is the mean squared error of what the network predicts, without a unit; lower is better."
+        said = "The loss is the mean squared error of what the network predicts, without a unit; lower is better."
+        autoencoder = None if run.config is None else run.config.autoencoder
+        if autoencoder is not None and autoencoder.rounds:
+            said += f" Of the first {count_said(autoencoder.rounds, 'round')} it is the autoencoder's, of another scale."
+        return said
     if any("train_loss" in record.mean or "held_out_loss" in record.mean for record in run.rounds):
         return "Only the mean over the sites is known: each site's own loss is withheld by secure aggregation."
     if run.config is not None and run.config.privacy is not None:
@@ -374,9 +378,7 @@ def _grids(run: RunView) -> str:
     """The newest grids, newest first, and what the sites released before training."""
     grids = list(reversed(run.grids))[:SHOWN_GRIDS]
     if not grids and run.mean_image is None:
-        pictures = run.config is None or run.config.preprocess.spatial_dims == 2
-        said = "None yet." if run.outcome == "unfinished" else "The run left none."
-        return block_html(Paragraph(said if pictures else "Volumes are not shown here."))
+        return block_html(Paragraph("None yet." if run.outcome == "unfinished" else "The run left none."))
     figures = [_figure(grid.file, _grid_said(grid, run)) for grid in grids]
     if run.mean_image is not None:
         figures.append(_figure(run.mean_image, "noisy mean image, released by the sites before training"))

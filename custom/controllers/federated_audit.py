@@ -180,7 +180,7 @@ class FederatedAudit(SecureFedAvg):
 
 def _require_same(trained: ExperimentConfig, asked: ExperimentConfig) -> None:
     """The sites score with the job's network on the job's images: they must be those of the model."""
-    for name in ("preprocess", "network", "schedule"):
+    for name in ("preprocess", "network", "schedule", "autoencoder"):
         remedy = f"the model's is {getattr(trained, name)}; copy its experiment.json into the audit's job"
         same = getattr(trained, name) == getattr(asked, name)
         require(same, argument=f"experiment.{name}", value=getattr(asked, name), remedy=remedy)

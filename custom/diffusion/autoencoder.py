@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: MONAI's AutoencoderKL, and the scale of its latents as one more parameter."""
+"""The autoencoder of latent diffusion: MONAI's AutoencoderKL, with centre and scale of its latents as parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from custom.diffusion.light_monai import light_monai
 with light_monai():
     from monai.networks.nets.autoencoderkl import AutoencoderKL
 
-# Steps of the optimiser move the logarithm of the scale this much faster than other parameters: it has a long way to go
-# from 0, and only a few hundred steps.
+# Steps of the optimiser move centre and logarithm of the scale this much faster than other parameters: they have a long
+# way to go from 0, and only a few hundred steps.
 SCALE_RATE = 10.0
-# Its part of the gradient, which under differential privacy shares the clip norm with all others.
+# Their part of the gradient, which under differential privacy shares the clip norm with all others.
 SCALE_WEIGHT = 0.1
 
 
@@ -29,21 +29,23 @@ class Reconstruction:
         images: [B, 1, *spatial].
         mean: of the latents before scaling, [B, C, *latent].
         deviation: their standard deviation.
-        log_scale: logarithm of the latents' standard deviation over the data, [C, 1, …].
+        centre: mean of the latents over the data, [C, 1, …].
+        log_scale: logarithm of their standard deviation over the data, [C, 1, …].
     """
 
     images: Tensor
     mean: Tensor
     deviation: Tensor
+    centre: Tensor
     log_scale: Tensor
 
 
 class Autoencoder(nn.Module):
-    """AutoencoderKL whose latents are divided by their own standard deviation over all sites' images.
+    """AutoencoderKL whose latents are brought to mean 0 and deviation 1 over all sites' images, channel by channel.
 
-    That scale is the maximum likelihood estimate of a Gaussian, found by gradient descent with everything else. It is
-    agreed across sites like any weight: no site tells a statistic of its own, and whatever bounds or hides an update
-    (clipping, noise, masks) does so with the scale (docs/adr/0021).
+    Centre and scale are the maximum likelihood estimates of a Gaussian, found by gradient descent with everything else.
+    They are agreed across sites like any weight: no site tells a statistic of its own, and whatever bounds or hides an
+    update (clipping, noise, masks) does so with them (docs/adr/0021).
 
     Args:
         config: channels, …
@@ -64,7 +66,13 @@ class Autoencoder(nn.Module):
             with_encoder_nonlocal_attn=False,  # attention over 24³ latents does not fit
             with_decoder_nonlocal_attn=False,
         )
-        self.scale = nn.Parameter(torch.zeros(config.latent_channels, *(1,) * spatial_dims))
+        self.shift = nn.Parameter(torch.zeros(config.latent_channels, *(1,) * spatial_dims))
+        self.scale = nn.Parameter(torch.zeros_like(self.shift))
+
+    @property
+    def centre(self) -> Tensor:
+        """Mean of the latents, [C, 1, …]."""
+        return SCALE_RATE * self.shift
 
     @property
     def log_scale(self) -> Tensor:
@@ -75,16 +83,18 @@ class Autoencoder(nn.Module):
         """Images [B, 1, *spatial] through latents that standard normal noise [B, C, *latent] moves."""
         mean, deviation = self.kl.encode(x)
         images = self.kl.decode(mean + deviation * noise)
-        return Reconstruction(images=images, mean=mean, deviation=deviation, log_scale=self.log_scale)
+        return Reconstruction(
+            images=images, mean=mean, deviation=deviation, centre=self.centre, log_scale=self.log_scale
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """Scaled latents [B, C, *latent] of images [B, 1, *spatial]: the posterior's mean."""
         mean: Tensor = self.kl.encode(x)[0]
-        return mean / self.log_scale.exp()
+        return (mean - self.centre) / self.log_scale.exp()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 1, *spatial] of scaled latents [B, C, *latent]."""
-        images: Tensor = self.kl.decode(latents * self.log_scale.exp())
+        images: Tensor = self.kl.decode(latents * self.log_scale.exp() + self.centre)
         return images
 
 
@@ -99,8 +109,8 @@ def build_autoencoder(config: AutoencoderConfig, *, spatial_dims: int, seed: int
 def autoencoder_loss(network: Callable[..., Reconstruction], x0: Tensor, noise: Tensor, *, kl_weight: float) -> Tensor:
     """Mean absolute error and weighted divergence from N(0, 1) (arXiv:2112.10752, app. G), one value per image, [B].
 
-    The likelihood of the scale adds a gradient and no value. There is neither a perceptual loss, whose network would
-    have to be downloaded, nor an adversary.
+    The likelihood of centre and scale adds a gradient and no value. There is neither a perceptual loss, whose network
+    would have to be downloaded, nor an adversary.
 
     Args:
         network: called as ``network(x=…, noise=…)``.
@@ -112,6 +122,6 @@ def autoencoder_loss(network: Callable[..., Reconstruction], x0: Tensor, noise: 
     error = (made.images - x0).abs().flatten(start_dim=1).mean(dim=1)
     variance = made.deviation.square()
     divergence = 0.5 * (made.mean.square() + variance - 1 - variance.log()).flatten(start_dim=1).mean(dim=1)
-    square = made.mean.detach().square()
+    square = (made.mean.detach() - made.centre).square()
     nll = (0.5 * square * (-2 * made.log_scale).exp() + made.log_scale).flatten(start_dim=1).mean(dim=1)
     return error + kl_weight * divergence + SCALE_WEIGHT * (nll - nll.detach())

@@ -39,7 +39,7 @@ SETTINGS = {
     "checkpointing": {"precision": "float32", "checkpointing": True},
     "bfloat16": {"precision": "bfloat16"},
 }
-FEWEST_STEPS, MOST_STEPS, ENOUGH_S = 2, 5, 30.0
+FEWEST_STEPS, MOST_STEPS, ENOUGH_S = 2, 5, 10.0
 GIB = 1 << 30
 
 

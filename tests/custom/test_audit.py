@@ -275,7 +275,7 @@ def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
     experiment: ExperimentConfig, tmp_path: Path, latent: bool
 ) -> None:
     """Every attack, control and screen of the audit on volumes, also where the network sees only their latents."""
-    volumes = PreprocessConfig(spatial_dims=3, size=16, images_per_patient=1, spacing_mm=(12.0, 26.0, 26.0))
+    volumes = PreprocessConfig(spatial_dims=3, size=8, images_per_patient=1, spacing_mm=(24.0, 52.0, 52.0))
     experiment = replace(experiment, preprocess=volumes)
     if latent:
         experiment = replace(
@@ -296,10 +296,12 @@ def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
     fit(network, schedule, known, steps=400, seed=0, device=CPU, label="", progress=False)
     weights = {**model.weights, **network.state_dict()}
     save_model(tmp_path / "model.safetensors", replace(model, weights=weights, ema=weights))
-    evidence = audited(tmp_path / "model.safetensors", {"a": cohort}, images_per_patient=1, samples=12)
+    evidence = audited(
+        tmp_path / "model.safetensors", {"a": cohort}, images_per_patient=1, samples=12, control_steps=50
+    )
     strongest = evidence.attacks[evidence.strongest].outcome
     assert strongest.patient_auc.estimate > 0.85
-    assert min(attack.adjusted_p for attack in evidence.attacks) < 0.01
+    assert min(attack.adjusted_p for attack in evidence.attacks) < 0.05
     assert {attack.name for attack in evidence.attacks} >= {"loss", "secmi", "band_pass", "gradients", "stacked"}
     assert {screen.samples for screen in evidence.copies} == {12}
     assert {control.name for control in evidence.controls} == {"overfitted", "untrained", "shuffled"}

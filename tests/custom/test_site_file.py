@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from policies import ALL_STATISTICS, policy_toml
 
-from custom.site_file import SITE_FILE_VARIABLE, load_site, server_config, simulated_kits, site_config
+from custom.site_file import SITE_FILE_VARIABLE, HardwareConfig, load_site, server_config, simulated_kits, site_config
 from custom.strict import ConfigError
 from medical_data.cohort import EmbeddedSource, FolderSource
 
@@ -19,7 +19,7 @@ home = "homes/a"
 data = {{ folder = "scans", format = "dicom" }}
 kit = "kits/a"
 limits = {{ min_patients = 3 }}
-hardware = {{ device = "cpu", threads = 2 }}
+hardware = {{ device = "cpu", threads = 2, checkpointing = true, precision = "bfloat16" }}
 
 [sites.b]
 home = "/somewhere/b"
@@ -47,7 +47,7 @@ def test_paths_are_taken_from_the_folder_that_holds_the_workspace(workspace: Pat
     assert server_config(workspace_root=workspace).kit == workspace / "startup"
     assert site.source == FolderSource(folder=tmp_path / "scans", format="dicom")
     assert site.limits.min_patients == 3
-    assert site.hardware.threads == 2
+    assert site.hardware == HardwareConfig(device="cpu", threads=2, checkpointing=True, precision="bfloat16")
     assert not site.policy.required
     assert site.policy.budgets.total.epsilon == 150.0
     assert site.policy.may_leave == ALL_STATISTICS
@@ -100,6 +100,8 @@ def test_without_a_site_file_nothing_is_assumed(tmp_path: Path, monkeypatch: pyt
         ("min_patients = 3", "min_patient = 3", "min_patient"),
         ("threads = 2", "threads = -1", "threads"),
         ('"cpu"', '"tpu"', "device"),
+        ('"bfloat16"', '"float16"', "precision"),
+        ("checkpointing = true", "checkpointing = 1", "checkpointing"),
         ('format = "dicom"', 'format = "jpeg"', "format"),
         ('folder = "scans", ', 'folder = "scans", embedded = {}, ', "folder or embedded"),
         ('data = { folder = "scans", format = "dicom" }', "", "data"),

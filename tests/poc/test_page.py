@@ -257,6 +257,12 @@ def test_losses_of_any_size_are_drawn(tmp_path: Path, experiment: ExperimentConf
     assert 'id="run-0-train-loss"' in page(look(tmp_path / "one"))
 
 
+def test_losses_of_two_stages_are_told_apart(tmp_path: Path, latent_experiment: ExperimentConfig) -> None:
+    folder = going_on(tmp_path / "runs", latent_experiment, 0)
+    folder.record(record(0, accepted={"site-1": {"train_loss": 1.0}}))
+    assert "Of the first 1 round it is the autoencoder's" in said(page(look(tmp_path)))
+
+
 # ---- pictures
 
 
