@@ -19,7 +19,6 @@ from custom.audit_config import AuditConfig
 from custom.audit_scores import TARGET, layout
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
-from custom.diffusion.schedule import build_schedule
 from privacy.audit.pooling import COARSE_CELLS, FINE_CELLS, PooledChoice, Range
 from privacy.audit.protocol import TRIMS
 
@@ -93,7 +92,7 @@ class Agreement:
 def audit_shapes(experiment: ExperimentConfig, task: str) -> Shapes:
     """Names and shapes of all counts that answer a task; nothing else may leave in it."""
     config = audit_of(experiment)
-    groups = layout(config, build_schedule(experiment.schedule))
+    groups = layout(config, experiment)
     seeds = len(config.seeds)
     shapes: dict[str, tuple[int, ...]] = {}
     if task == tasks.AUDIT_COPIES:

@@ -17,8 +17,9 @@ from custom.audit_target import denoiser, loss_function
 from custom.audit_training import fit, overfit
 from custom.config import ExperimentConfig
 from custom.device import images_at_once
-from custom.diffusion.schedule import Schedule
-from custom.latents import encoded
+from custom.diffusion.autoencoder import Autoencoder
+from custom.diffusion.schedule import Schedule, build_schedule
+from custom.latents import decoded, encoded
 from custom.model_file import ModelFile
 from custom.stages import fresh_weights, model_denoiser
 from medical_data.cohort import Cohort, Part
@@ -91,6 +92,12 @@ DESCRIPTIONS = {name: Description(_TITLES[name], a.paper, "api", a.statistic) fo
         "Pang et al. 2023, arXiv:2308.06405",
         "weights",
         "Cross-fitted log-odds of membership from the norms of the image's gradient in every layer.",
+    ),
+    "reconstruction": Description(
+        "reconstruction by the autoencoder",
+        "after Hilprecht et al. 2019, doi 10.2478/popets-2019-0067",
+        "api",
+        "Mean absolute error of the image after the model's autoencoder, which needs no denoiser.",
     ),
     "stacked": Description(
         "stacked attacker",
@@ -185,6 +192,8 @@ class Scorer:
         """Every group but BLIND; raises ``Unattackable`` where one cannot be scored."""
         target = self._grey_box(self.network, population, tuple(GREY_BOX), "grey box")
         scored = [*target, *self._calibrated(population, target)]
+        if self.autoencoder is not None:
+            scored.append(self._reconstructed(self.autoencoder, population.images))
         if self.config.gradient_levels:
             scored.append(self._white_box(population))
         scored.append(self._stacked(population, scored))
@@ -228,6 +237,15 @@ class Scorer:
             _scored(name, found.scores[name], found.settings[name], found.evaluations_per_image[name])
             for name in attacks
         )
+
+    def _reconstructed(self, autoencoder: Autoencoder, images: NDArray[np.float32]) -> Scored:
+        """What the autoencoder itself remembers: it was trained on the patients, too."""
+        started = time.monotonic()
+        latents = torch.from_numpy(encoded(autoencoder, images, self.device))
+        error = np.abs(decoded(autoencoder, latents, self.device) - images).mean(axis=tuple(range(1, images.ndim)))
+        self._cost("autoencoder", 0.0, time.monotonic() - started)
+        scores = np.repeat(error[None, :, None].astype(np.float64), len(self.config.seeds), axis=0)
+        return _scored("reconstruction", scores, ("image",), 0.0)
 
     def _calibrated(self, population: Population, target: Sequence[Scored]) -> list[Scored]:
         """Attacks that ask how hard an image is: of reference models, or of what it looks like."""
@@ -431,12 +449,14 @@ def rebuilt(
     }
 
 
-def layout(config: AuditConfig, schedule: Schedule) -> dict[str, dict[str, tuple[str, ...]]]:
+def layout(config: AuditConfig, experiment: ExperimentConfig) -> dict[str, dict[str, tuple[str, ...]]]:
     """Groups, their attacks and the attacks' settings, as :meth:`Scorer.scoreboard` fills them."""
-    levels = tuple(f"t={t}" for t in timesteps(config.noise_levels, schedule))
+    levels = tuple(f"t={t}" for t in timesteps(config.noise_levels, build_schedule(experiment.schedule)))
     target = dict.fromkeys((*GREY_BOX, "quantile"), levels)
     if config.reference_steps:
         target |= {"calibrated": levels, "rmia": levels}
+    if experiment.autoencoder is not None:
+        target["reconstruction"] = ("image",)
     if config.gradient_levels:
         target["gradients"] = ("all layers",)
     target["stacked"] = ("all",)

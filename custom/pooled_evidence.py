@@ -32,7 +32,6 @@ from custom.audit_counts import (
 from custom.audit_evidence import EXPLANATIONS, claimed_privacy, model_identity, software
 from custom.audit_scores import BLIND, DESCRIPTIONS, OVERFITTED, TARGET, layout
 from custom.config import ExperimentConfig
-from custom.diffusion.schedule import build_schedule
 from custom.model_file import ModelFile
 from privacy.audit.errors import Unattackable
 from privacy.audit.evidence import (
@@ -90,7 +89,7 @@ class PooledAudit:
     def __init__(self, experiment: ExperimentConfig, model: ModelFile, model_sha256: str) -> None:
         self._experiment, self._model, self._sha256 = experiment, model, model_sha256
         self._config = audit_of(experiment)
-        self._layout = layout(self._config, build_schedule(experiment.schedule))
+        self._layout = layout(self._config, experiment)
         self._tuning: dict[tuple[str, str], list[float]] = {}
 
     def agree(self, ranges: Sums) -> Agreement:

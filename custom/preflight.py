@@ -46,8 +46,9 @@ WORKSPACE_BYTES = 512 << 20
 HOLES = 1.05
 LIBRARIES_BYTES = 700 << 20  # resident in a site's process before it builds a network
 
-PROBE_FLOPS = 1e11  # of the real step at a small size: a second or so on two cores
+PROBE_FLOPS = 1e11  # of the real step at a small size: one to three seconds on a core
 PROBE_IMAGES = 4  # or patients, in it
+PROBE_SECONDS = 2.0  # of such steps at least, of which the fastest counts: others may use the machine, too
 
 # Two polynomials of so many coefficients of 64 bits for each prime of a fresh ciphertext; half as many numbers.
 CIPHERTEXT_BYTES = 2 * 8 * POLY_MODULUS_DEGREE * (len(COEFF_MOD_BIT_SIZES) - 1)
@@ -132,7 +133,12 @@ class Lever:
 
 
 def estimate(
-    experiment: ExperimentConfig, hardware: HardwareConfig, *, patients: int, available_bytes: int | None = None
+    experiment: ExperimentConfig,
+    hardware: HardwareConfig,
+    *,
+    patients: int,
+    available_bytes: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Preflight:
     """Estimate every stage of a job at one site. Takes seconds, and sets PyTorch's threads as a round does.
 
@@ -143,6 +149,7 @@ def estimate(
         hardware: the site's.
         patients: that train there; they matter under differential privacy only.
         available_bytes: of memory; None asks this machine.
+        clock: seconds, by which the real steps are timed.
 
     Raises:
         ConfigError: an audit, no patient, or CUDA that is not there.
@@ -152,7 +159,9 @@ def estimate(
         device=device.type,
         patients=patients,
         available_bytes=available_memory(device) if available_bytes is None else available_bytes,
-        stages=tuple(_estimated(_work(experiment, stage, hardware, patients, device)) for stage in stages(experiment)),
+        stages=tuple(
+            _estimated(_work(experiment, stage, hardware, patients, device), clock) for stage in stages(experiment)
+        ),
     )
 
 
@@ -291,9 +300,9 @@ def _work(
     )
 
 
-def _estimated(work: _Work) -> StageEstimate:
+def _estimated(work: _Work, clock: Callable[[], float]) -> StageEstimate:
     experiment, stage = work.experiment, work.stage
-    speed = _flops_per_second(work)
+    speed = _flops_per_second(work, clock)
     step, held_out = _flops(work, _training_step) / speed, 0.0
     if experiment.privacy is None:
         one = replace(work, count=1)
@@ -377,7 +386,7 @@ def _attention_on_cpu() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _flops_per_second(work: _Work) -> float:
+def _flops_per_second(work: _Work, clock: Callable[[], float]) -> float:
     """Measured on a real training step of the same network with few and small images."""
     edge, dims, multiple = work.shape[-1], len(work.shape) - 1, _multiple(work.experiment, work.stage.name)
     work = replace(work, count=min(work.count, PROBE_IMAGES), chunks=1)
@@ -385,13 +394,13 @@ def _flops_per_second(work: _Work) -> float:
     edge = min(edge, max(multiple, int(shrunk) // multiple * multiple))
     work = replace(work, shape=(work.shape[0], *(edge,) * dims))
     run = _training_step(work, _objective(work, work.device))
-    seconds = []
-    for _ in range(3):  # the first one warms up
-        start = time.perf_counter()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < PROBE_SECONDS:  # the first one warms up
+        start = clock()
         run()
         if work.device.type == "cuda":
             torch.cuda.synchronize(work.device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return _flops(work, _training_step) / min(seconds)
 
 

@@ -45,7 +45,6 @@ from custom.audit_scores import (
     rebuilt,
 )
 from custom.config import ExperimentConfig
-from custom.diffusion.schedule import build_schedule
 from custom.model_file import ModelFile
 from custom.pictures import grids
 from custom.strict import ConfigError
@@ -117,7 +116,7 @@ class SiteAudit:
             groups = {**scorer.scoreboard(population).groups, BLIND: blind_group(population, self._config)}
             self._keep(groups)
             return self._ranges(groups)
-        settings = layout(self._config, build_schedule(self._experiment.schedule))
+        settings = layout(self._config, self._experiment)
         groups = rebuilt(populations(population, self._experiment.seed), self._kept(), settings)
         if task == tasks.AUDIT_TUNE:
             return self._tuning(groups, agreement)

@@ -303,6 +303,7 @@ def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
     assert strongest.patient_auc.estimate > 0.85
     assert min(attack.adjusted_p for attack in evidence.attacks) < 0.05
     assert {attack.name for attack in evidence.attacks} >= {"loss", "secmi", "band_pass", "gradients", "stacked"}
+    assert latent == ("reconstruction" in {attack.name for attack in evidence.attacks})
     assert {screen.samples for screen in evidence.copies} == {12}
     assert {control.name for control in evidence.controls} == {"overfitted", "untrained", "shuffled"}
     assert evidence.blind is not None

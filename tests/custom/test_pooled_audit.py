@@ -18,7 +18,6 @@ from custom.audit_counts import AUDIT_TASKS, Agreement, audit_shapes, column_nam
 from custom.audit_scores import BLIND, TARGET, Scorer, blind_group, layout, population_of
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
-from custom.diffusion.schedule import build_schedule
 from custom.egress import EgressRefused, check_counts
 from custom.model_file import ModelFile
 from custom.pooled_evidence import Collected, PooledAudit
@@ -179,7 +178,7 @@ def test_evidence_is_whole(plain: tuple[dict[str, Collected], Agreement, Evidenc
 
     _, _, evidence = plain
     assert asked.audit is not None
-    wanted = layout(asked.audit, build_schedule(asked.schedule))
+    wanted = layout(asked.audit, asked)
     assert [attack.name for attack in evidence.attacks] == list(wanted[TARGET])
     assert {control.name for control in evidence.controls} == {"overfitted", "untrained", "shuffled"}
     assert [copies.method for copies in evidence.copies] == ["embedding", "pixels"]
@@ -195,7 +194,7 @@ def test_layout_is_what_a_site_scores(asked: ExperimentConfig, model: ModelFile)
     groups = Scorer(model, asked.audit, device=CPU, progress=False).scoreboard(population).groups
     groups = {**groups, BLIND: blind_group(population, asked.audit)}
     found = {name: {s.name: s.settings for s in group.scored} for name, group in groups.items()}
-    assert found == layout(asked.audit, build_schedule(asked.schedule))
+    assert found == layout(asked.audit, asked)
 
 
 def test_every_count_that_leaves_stands_for_enough_patients(
