@@ -95,7 +95,7 @@ DESCRIPTIONS = {name: Description(_TITLES[name], a.paper, "api", a.statistic) fo
     ),
     "reconstruction": Description(
         "reconstruction by the autoencoder",
-        "after Hilprecht et al. 2019, doi 10.2478/popets-2019-0067",
+        "Hilprecht et al. 2019, arXiv:1906.03006, in its manner",
         "api",
         "Mean absolute error of the image after the model's autoencoder, which needs no denoiser.",
     ),
@@ -213,9 +213,7 @@ class Scorer:
         """What the model denoises of images [N, 1, *spatial]: themselves, or their latents."""
         return images if self.autoencoder is None else encoded(self.autoencoder, images, self.device)
 
-    def _asked(
-        self, network: torch.nn.Module, images: NDArray[np.float32], attacks: Sequence[str]
-    ) -> GreyBoxScores:
+    def _asked(self, network: torch.nn.Module, images: NDArray[np.float32], attacks: Sequence[str]) -> GreyBoxScores:
         """Grey-box statistics of images, by what the network says of them."""
         denoised = self.denoised(images)
         return grey_box_scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +41,14 @@ def decoded(autoencoder: Autoencoder, latents: Tensor, device: torch.device) -> 
     return np.concatenate(pieces)
 
 
-def latent_cohort(cohort: Cohort, autoencoder: Autoencoder, *, home: Path, device: torch.device) -> Cohort:
-    """The cohort with latents for images, encoded once and kept in the site's own folder.
+def latent_cohort(cohort: Cohort, autoencoder: Autoencoder, *, state: Path, device: torch.device) -> Cohort:
+    """The cohort with latents for images, encoded once and kept.
 
     Args:
         cohort: of images.
         autoencoder: finished.
-        home: the site's; ``latents/<key>`` holds them, sealed like the cache of images.
+        state: folder of the run's state at the site; ``latents/<key>`` in it holds them, sealed like the cache of
+            images. Those of an earlier autoencoder go: a server that keeps changing it does not fill the disk.
         device: where to encode.
 
     Raises:
@@ -54,8 +56,11 @@ def latent_cohort(cohort: Cohort, autoencoder: Autoencoder, *, home: Path, devic
     """
     weights = {name: tensor.cpu().contiguous() for name, tensor in autoencoder.state_dict().items()}
     key = hashlib.sha256(cohort.manifest_sha256.encode() + b"\0" + save(weights)).hexdigest()[:32]
-    folder = home / "latents" / key
+    folder = state / "latents" / key
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for old in folder.parent.iterdir():
+        if old.is_dir() and old.name != key:
+            shutil.rmtree(old)
     build_once(folder, lambda partial: np.save(partial / FILE, encoded(autoencoder, cohort.images, device)))
     verify(folder)
     return replace(cohort, images=np.load(folder / FILE, mmap_mode="r"))

@@ -34,7 +34,7 @@ from custom.masked_vector import session_encoding
 from custom.memory import LiveMemory
 from custom.private_training import patient_loss, trained_parameters
 from custom.site_file import HardwareConfig
-from custom.stages import Stage, model_autoencoder, model_shapes, stage_objective, stage_shapes, stages
+from custom.stages import Stage, fresh_weights, model_autoencoder, model_shapes, stage_objective, stage_shapes, stages
 from custom.strict import require
 from custom.training import HELD_OUT_BATCH, HELD_OUT_IMAGES, training_step
 from privacy.gradients import per_patient_gradients
@@ -46,7 +46,7 @@ WORKSPACE_BYTES = 512 << 20
 HOLES = 1.05
 LIBRARIES_BYTES = 700 << 20  # resident in a site's process before it builds a network
 
-PROBE_FLOPS = 1e11  # of the real step at a small size: one to three seconds on a core
+PROBE_FLOPS = 2e11  # of the real step at a small size: a few seconds on a core
 PROBE_IMAGES = 4  # or patients, in it
 PROBE_SECONDS = 2.0  # of such steps at least, of which the fastest counts: others may use the machine, too
 
@@ -393,9 +393,10 @@ def _flops_per_second(work: _Work, clock: Callable[[], float]) -> float:
     shrunk = edge * (PROBE_FLOPS / _flops(work, _training_step)) ** (1 / dims)
     edge = min(edge, max(multiple, int(shrunk) // multiple * multiple))
     work = replace(work, shape=(work.shape[0], *(edge,) * dims))
-    run = _training_step(work, _objective(work, work.device))
+    weights = fresh_weights(work.experiment, seed=0)  # of zeros some steps make denormal numbers, which take long
+    run = _training_step(work, stage_objective(work.experiment, work.stage, weights, work.device))
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < PROBE_SECONDS:  # the first one warms up
+    while len(seconds) < 2 or sum(seconds) < PROBE_SECONDS:  # the first one warms up
         start = clock()
         run()
         if work.device.type == "cuda":
@@ -412,7 +413,7 @@ def _training_step(work: _Work, objective: Objective) -> Callable[[], object]:
     if work.hardware.checkpointing:
         checkpointed(network)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    x0, generator = torch.zeros(work.count, *work.shape, device=work.device), torch.Generator()
+    x0, generator = torch.rand(work.count, *work.shape, device=work.device), torch.Generator()
     return lambda: training_step(
         objective,
         optimizer,
@@ -449,8 +450,8 @@ def _evaluation(work: _Work, objective: Objective) -> Callable[[], object]:
 
 
 def _draws(work: _Work, objective: Objective, *leading: int) -> tuple[Tensor, Tensor, Tensor]:
-    x0 = torch.zeros(*leading, *work.shape, device=work.device)
-    noise = torch.zeros(*leading, *objective.noise_shape(work.shape), device=work.device)
+    x0 = torch.rand(*leading, *work.shape, device=work.device)
+    noise = torch.randn(*leading, *objective.noise_shape(work.shape), device=work.device)
     return x0, noise, torch.zeros(leading, dtype=torch.int64, device=work.device)
 
 
@@ -464,8 +465,8 @@ def _fake(network: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _objective(work: _Work, device: torch.device = CPU) -> Objective:
-    return stage_objective(work.experiment, work.stage, _weights(work.experiment), device)
+def _objective(work: _Work) -> Objective:
+    return stage_objective(work.experiment, work.stage, _weights(work.experiment), CPU)
 
 
 def _weights(experiment: ExperimentConfig) -> dict[str, Tensor]:

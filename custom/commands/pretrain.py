@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     for number in range(config.federation.rounds):
         stage, seen = stage_of(config, number), cohort
         if config.autoencoder is not None and stage.name == "denoiser":
-            seen = latent_cohort(cohort, model_autoencoder(config, model.weights), home=home, device=device)
+            seen = latent_cohort(cohort, model_autoencoder(config, model.weights), state=home, device=device)
         with tqdm(total=options.steps, desc=f"training the {stage.name}", unit="step") as bar:
 
             def progress(step: int, loss: float, bar: tqdm[Any] = bar) -> None:

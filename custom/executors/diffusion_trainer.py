@@ -138,12 +138,12 @@ class _Site:
         )
         return cohort
 
-    def denoised(self, cohort: Cohort, weights: Mapping[str, Tensor], round_number: int) -> Cohort:
+    def denoised(self, cohort: Cohort, weights: Mapping[str, Tensor], header: TaskHeader) -> Cohort:
         """What a round trains on: the cohort's images, or their latents by the model's finished autoencoder."""
-        if self.experiment.autoencoder is None or stage_of(self.experiment, round_number).name == "autoencoder":
+        if self.experiment.autoencoder is None or stage_of(self.experiment, header.round_number).name == "autoencoder":
             return cohort
         autoencoder = model_autoencoder(self.experiment, weights)
-        return latent_cohort(cohort, autoencoder, home=self.config.home, device=self.device)
+        return latent_cohort(cohort, autoencoder, state=self.state(header).folder, device=self.device)
 
     def state(self, header: TaskHeader) -> SiteState:
         """What the site remembers of the run."""
@@ -343,8 +343,7 @@ def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHea
     sums with other noise of the peers, that noise averages out. Fresh integers are two sums of the theorem, charged as
     two.
     """
-    experiment, weights = site.experiment, to_torch(arrays)
-    cohort = site.denoised(site.admitted(), weights, header.round_number)
+    experiment, cohort = site.experiment, site.admitted()
     asked = None if experiment.privacy is None else experiment.privacy.mean_image
     (ledger, run), budgets = site.reserved(plan, header), site.config.policy.budgets
     if task == tasks.RELEASE and asked is not None and plan.release_event is not None:
@@ -354,8 +353,9 @@ def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHea
     else:
         event = plan.round_event
         attempt = ledger.begin(run, round_release(header.round_number), budgets=budgets)
+        weights = to_torch(arrays)
         integers = shared_gradient(
-            cohort=cohort,
+            cohort=site.denoised(cohort, weights, header),
             weights=weights,
             config=experiment,
             plan=plan,
@@ -416,7 +416,7 @@ def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     cohort, weights, stage = site.admitted(), to_torch(arrays), stage_of(experiment, round_number)
     state = site.state(header)
     update = train_round(
-        cohort=site.denoised(cohort, weights, round_number),
+        cohort=site.denoised(cohort, weights, header),
         weights=weights,
         optimizer_state=state.before(round_number, since=stage.first),
         config=experiment,
@@ -446,7 +446,7 @@ def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHead
         return again
     attempt = asked.begin()
     update = train_private_round(
-        cohort=site.denoised(cohort, weights, round_number),
+        cohort=site.denoised(cohort, weights, header),
         weights=weights,
         state=asked.state.before(round_number, since=stage_of(experiment, round_number).first),
         config=experiment,
@@ -494,7 +494,7 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     pictures = (tasks.SAMPLES, tasks.UNTRAINED_SAMPLES)
     weights = to_torch({name: array for name, array in arrays.items() if name not in pictures})
     objective = stage_objective(experiment, stage_of(experiment, header.round_number), weights, site.device)
-    denoised = site.denoised(cohort, weights, header.round_number)
+    denoised = site.denoised(cohort, weights, header)
     metrics = {"held_out_loss": held_out_loss(objective, denoised, site.device)}
     metrics |= _compare(site, cohort, arrays, header)
     site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -266,10 +266,8 @@ def test_what_is_advised_does_what_was_said(experiment: ExperimentConfig) -> Non
     wide = replace(experiment, preprocess=replace(experiment.preprocess, size=64))
     job = replace(wide, training=replace(wide.training, batch_size=32))
     available = int(0.95 * memory_bytes(job, HARDWARE, patients=1))
-    found = {
-        lever.setting: lever.memory_bytes for lever in levers(job, HARDWARE, patients=1, available_bytes=available)
-    }
-    (batch,) = (setting for setting in found if setting.startswith("training.batch_size"))
+    found = levers(job, HARDWARE, patients=1, available_bytes=available)
+    batch = next(lever.setting for lever in found if lever.setting.startswith("training.batch_size"))
     fewer = int(batch.split(" = ")[1])
     for count, fits in ((fewer, True), (fewer + 1, False)):
         smaller = replace(job, training=replace(job.training, batch_size=count))

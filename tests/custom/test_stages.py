@@ -99,7 +99,7 @@ def run(experiment: ExperimentConfig, cohort: Cohort, home: Path) -> ModelFile:
         stage = stage_of(experiment, number)
         seen = cohort
         if stage.name == "denoiser":
-            seen = latent_cohort(cohort, model_autoencoder(experiment, model.weights), home=home, device=CPU)
+            seen = latent_cohort(cohort, model_autoencoder(experiment, model.weights), state=home, device=CPU)
         update = train_round(
             cohort=seen,
             weights=stage.needed(model.weights),
@@ -169,20 +169,29 @@ def test_latents_are_made_once_and_a_changed_file_is_refused(
     latent_experiment: ExperimentConfig, cohort: Cohort, tmp_path: Path
 ) -> None:
     autoencoder = model_autoencoder(latent_experiment, fresh_weights(latent_experiment, seed=0))
-    made = latent_cohort(cohort, autoencoder, home=tmp_path, device=CPU)
+    made = latent_cohort(cohort, autoencoder, state=tmp_path, device=CPU)
     assert made.images.shape == (24, *latent_experiment.denoised_shape)
     np.testing.assert_array_equal(made.images, encoded(autoencoder, cohort.images, CPU))
     np.testing.assert_array_equal(made.patient, cohort.patient)
-    latent_cohort(cohort, autoencoder, home=tmp_path, device=CPU)
+    latent_cohort(cohort, autoencoder, state=tmp_path, device=CPU)
     (file,) = (tmp_path / "latents").rglob("*.npy")
-    other = model_autoencoder(latent_experiment, fresh_weights(latent_experiment, seed=1))
-    assert not np.array_equal(latent_cohort(cohort, other, home=tmp_path, device=CPU).images, made.images)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.chmod(0o600)
     file.write_bytes(bytes(content))
     with pytest.raises(CacheCorrupted):
-        latent_cohort(cohort, autoencoder, home=tmp_path, device=CPU)
+        latent_cohort(cohort, autoencoder, state=tmp_path, device=CPU)
+
+
+def test_latents_of_another_autoencoder_replace_them(
+    latent_experiment: ExperimentConfig, cohort: Cohort, tmp_path: Path
+) -> None:
+    one, other = (
+        latent_cohort(cohort, model_autoencoder(latent_experiment, weights), state=tmp_path, device=CPU).images
+        for weights in (fresh_weights(latent_experiment, seed=seed) for seed in (0, 1))
+    )
+    assert not np.array_equal(one, other)
+    assert len(list((tmp_path / "latents").rglob("*.npy"))) == 1
 
 
 def test_what_is_decoded_lies_within_the_window(latent_experiment: ExperimentConfig) -> None:

@@ -93,7 +93,7 @@ def test_both_stages_run_under_masks(latents: ExperimentConfig, tmp_path: Path) 
     assert not (run.folder / "samples" / "round_0001.png").exists(), "an autoencoder alone draws nothing"
     assert (run.folder / "samples" / "round_0002.png").exists()
     for site in SITES:
-        (kept,) = (run.base / "sites" / site / "latents").glob("*/latents.npy")
+        (kept,) = (run.base / "sites" / site / "state").rglob("latents.npy")
         assert kept.stat().st_size > 0, "encoded once for both rounds"
 
 
