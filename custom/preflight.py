@@ -2,7 +2,7 @@
 
 A round's own step (:func:`custom.training.training_step`, or per-patient gradients) runs on fake tensors, which have
 shapes and no memory: what they would hold and compute is counted, so a volume that does not fit is known in seconds.
-How fast this machine computes is measured on two real steps at a small size.
+How fast this machine computes is measured on real steps at two small sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WORKSPACE_BYTES = 512 << 20
 HOLES = 1.05
 LIBRARIES_BYTES = 700 << 20  # resident in a site's process before it builds a network
 
-PROBE_FLOPS = 2e11  # of the real step at a small size: a few seconds on a core
+PROBE_FLOPS = 3e11  # of the real step at a small size: a few seconds on a core
 PROBE_IMAGES = 4  # or patients, in it
 PROBE_SECONDS = 2.0  # of such steps at least, of which the fastest counts: others may use the machine, too
 
@@ -263,6 +263,14 @@ class _Work:
     patients: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Speed:
+    """Seconds of a step: some for its tensors of parameters, however small the images, and some for each FLOP."""
+
+    per_flop: float
+    per_step: float = 0.0
+
+
 def _device(experiment: ExperimentConfig, hardware: HardwareConfig, patients: int) -> torch.device:
     require(
         experiment.audit is None, argument="experiment.audit", value=experiment.name, remedy="an audit trains nothing"
@@ -302,13 +310,12 @@ def _work(
 
 def _estimated(work: _Work, clock: Callable[[], float]) -> StageEstimate:
     experiment, stage = work.experiment, work.stage
-    speed = _flops_per_second(work, clock)
-    step, held_out = _flops(work, _training_step) / speed, 0.0
+    speed, held_out = _speed(work, clock), 0.0
+    step = speed.per_step + speed.per_flop * _flops(replace(work, chunks=1), _training_step)
     if experiment.privacy is None:
-        one = replace(work, count=1)
-        held_out = HELD_OUT_IMAGES * _flops(one, _evaluation) / speed
+        held_out = HELD_OUT_IMAGES * speed.per_flop * _flops(replace(work, count=1), _evaluation)
     else:
-        step *= work.patients / (work.count * work.chunks)
+        step *= work.patients / work.count
     return StageEstimate(
         name=stage.name,
         rounds=stage.rounds,
@@ -386,13 +393,23 @@ def _attention_on_cpu() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _flops_per_second(work: _Work, clock: Callable[[], float]) -> float:
-    """Measured on a real training step of the same network with few and small images."""
-    edge, dims, multiple = work.shape[-1], len(work.shape) - 1, _multiple(work.experiment, work.stage.name)
+def _speed(work: _Work, clock: Callable[[], float]) -> _Speed:
+    """From two real training steps of the same network, with few images and of two small sizes."""
     work = replace(work, count=min(work.count, PROBE_IMAGES), chunks=1)
+    edge, dims, multiple = work.shape[-1], len(work.shape) - 1, _multiple(work.experiment, work.stage.name)
     shrunk = edge * (PROBE_FLOPS / _flops(work, _training_step)) ** (1 / dims)
-    edge = min(edge, max(multiple, int(shrunk) // multiple * multiple))
-    work = replace(work, shape=(work.shape[0], *(edge,) * dims))
+    smallest = min(edge, 2 * multiple)
+    largest = max(smallest, min(edge, round(shrunk / multiple) * multiple))
+    large, small = (_probed(work, edge, clock) for edge in (largest, smallest))
+    flops, seconds = (one - other for one, other in zip(large, small, strict=True))
+    if flops <= 0 or seconds <= 0:  # one size, or too much else going on to tell
+        return _Speed(per_flop=large[1] / large[0])
+    return _Speed(per_flop=seconds / flops, per_step=max(0.0, small[1] - small[0] * seconds / flops))
+
+
+def _probed(work: _Work, edge: int, clock: Callable[[], float]) -> tuple[int, float]:
+    """FLOPs and seconds of a real training step at a size."""
+    work = replace(work, shape=(work.shape[0], *(edge,) * (len(work.shape) - 1)))
     weights = fresh_weights(work.experiment, seed=0)  # of zeros some steps make denormal numbers, which take long
     run = _training_step(work, stage_objective(work.experiment, work.stage, weights, work.device))
     seconds: list[float] = []
@@ -402,7 +419,7 @@ def _flops_per_second(work: _Work, clock: Callable[[], float]) -> float:
         if work.device.type == "cuda":
             torch.cuda.synchronize(work.device)
         seconds.append(clock() - start)
-    return _flops(work, _training_step) / min(seconds)
+    return _flops(work, _training_step), min(seconds)
 
 
 def _training_step(work: _Work, objective: Objective) -> Callable[[], object]:

@@ -399,6 +399,7 @@ class _Progress:
 
     def __init__(self, site: _Site, header: TaskHeader) -> None:
         self._site = site
+        self._steps = stage_of(site.experiment, header.round_number).training.steps_per_round
         self.label = f"round {header.round_number + 1}/{site.experiment.federation.rounds}"
         self._last = time.monotonic()
 
@@ -408,7 +409,7 @@ class _Progress:
         if time.monotonic() - self._last > 10:
             self._last = time.monotonic()
             said = "" if loss is None else f", loss {loss:.4f}"
-            self._site.say(f"{self.label}: step {step}/{self._site.experiment.training.steps_per_round}{said}")
+            self._site.say(f"{self.label}: step {step}/{self._steps}{said}")
 
 
 def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:

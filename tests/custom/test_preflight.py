@@ -155,7 +155,7 @@ def test_every_stage_of_a_job_is_estimated(experiment: ExperimentConfig) -> None
 def test_time_under_differential_privacy_is_that_of_the_expected_patients(
     private_experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_flops_per_second", lambda work, clock: 1e9)
+    monkeypatch.setattr(preflight, "_speed", lambda work, clock: preflight._Speed(per_flop=1 / 1e9))
     hardware = replace(HARDWARE, patients_in_memory=2)
     (few,), (many,) = (estimate(private_experiment, hardware, patients=n).stages for n in (10, 40))
     assert many.step_seconds == pytest.approx(4 * few.step_seconds, rel=0.05)
@@ -244,7 +244,7 @@ def test_a_job_that_fits(job: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_job_that_does_not_fit_is_refused_with_what_would(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_flops_per_second", lambda work, clock: 1e12)
+    monkeypatch.setattr(preflight, "_speed", lambda work, clock: preflight._Speed(per_flop=1 / 1e12))
     experiment = ExperimentConfig.of_job(job)
     available = (memory_bytes(experiment, HardwareConfig(), patients=1) * 0.97) / GIB
     assert main(["preflight", str(job), "--memory-gib", str(available), "--json", str(tmp_path / "out.json")]) == 1
@@ -282,7 +282,7 @@ def test_a_private_jobs_lever_is_its_patients_in_memory(private_experiment: Expe
 def test_rounds_that_are_too_slow_are_refused(
     job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_flops_per_second", lambda work, clock: 1e8)
+    monkeypatch.setattr(preflight, "_speed", lambda work, clock: preflight._Speed(per_flop=1 / 1e8))
     assert main(["preflight", str(job), "--memory-gib", "64"]) == 1
     out = capsys.readouterr().out
     assert "too slow" in out
@@ -296,7 +296,7 @@ def test_a_sites_hardware_and_policy_count(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(preflight, "_flops_per_second", lambda work, clock: 1e12)
+    monkeypatch.setattr(preflight, "_speed", lambda work, clock: preflight._Speed(per_flop=1 / 1e12))
     private, file = written(tmp_path, private_experiment), tmp_path / "sites.toml"
     table = '[sites.a]\nhome = "h"\ndata = {{ folder = "s" }}\nhardware = {{ threads = 1 }}\n{}\n'
     command = ["preflight", str(private), "--site-file", str(file), "--site", "a", "--memory-gib", "64"]
