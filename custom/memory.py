@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,21 +21,26 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         current: bytes alive.
         peak: the most that there were.
+        convolution: the most bytes that the tensors of one convolution hold, or of its backward pass: where there is a
+            library for it, it holds them a second time, in a layout of its own.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
+        self.convolution = 0
         self._sizes: dict[int, int] = {}  # by the storage's address
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, out)):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._see(tensor)
+        if func._overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+            self.convolution = max(self.convolution, sum(tensor.nbytes for tensor in tensors))
         return out
 
     def _see(self, tensor: Tensor) -> None:

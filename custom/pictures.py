@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHAPES = {2: "[N, 1, H, W]", 3: "[N, 1, D, H, W]"}
 # Room for float32 rounding of a clamped sample; anything further out was never brought into the window.
 RANGE_TOLERANCE = 1e-5
-# Height in pixels to which small images are enlarged: whole factors, nearest neighbour, no invented detail.
+# Height in pixels to about which small images are enlarged: whole factors, nearest neighbour, no invented detail.
 VISIBLE_EDGE = 128
 GAP = 2
 # Between pictures of several planes, so that a gap inside one is not taken for its end.
@@ -256,7 +256,7 @@ def grids(
 def _montage(images: NDArray[np.uint8], *, columns: int) -> NDArray[np.uint8]:
     """Images [N, H, W] in rows of `columns` squares, enlarged, with gaps between them."""
     count, height, width = images.shape
-    factor = max(1, VISIBLE_EDGE // height)
+    factor = max(1, round(VISIBLE_EDGE / height))
     gap = GAP if width <= height else WIDE_GAP
     columns = min(-(-columns * height // width), count)
     rows = -(-count // columns)

@@ -39,11 +39,10 @@ from custom.strict import require
 from custom.training import HELD_OUT_BATCH, HELD_OUT_IMAGES, training_step
 from privacy.gradients import per_patient_gradients
 
-# Measured on the CPU with the presets tiny and base, 8³ to 64³ (docs/volumes.md): what a process grows by beside its
-# tensors. The kernels that oneDNN compiles, their workspaces and what the allocator keeps; then, in proportion, the
-# holes between tensors. On CUDA they stand, unmeasured, for context, workspaces and cache.
+# Measured on the CPU with the presets tiny and base, 32³ to 96³ (docs/volumes.md): what a process grows by beside its
+# tensors and a second copy of those of the largest convolution. It is the kernels that oneDNN compiles and what the
+# allocator keeps. On CUDA it stands, unmeasured, for context and cache.
 WORKSPACE_BYTES = 512 << 20
-HOLES = 1.05
 LIBRARIES_BYTES = 700 << 20  # resident in a site's process before it builds a network
 
 PROBE_FLOPS = 3e11  # of the real step at a small size: a few seconds on a core
@@ -173,7 +172,8 @@ def memory_bytes(experiment: ExperimentConfig, hardware: HardwareConfig, *, pati
 
 def step_bytes(experiment: ExperimentConfig, stage: Stage, hardware: HardwareConfig, *, patients: int) -> int:
     """What a process grows by in a stage's training steps, with network and optimiser; else as :func:`memory_bytes`."""
-    return _grown(_step_peak(_work(experiment, stage, hardware, patients, _device(experiment, hardware, patients))))
+    device = _device(experiment, hardware, patients)
+    return _peak(_work(experiment, stage, hardware, patients, device), _training_step) + WORKSPACE_BYTES
 
 
 def levers(
@@ -332,35 +332,27 @@ def _estimated(work: _Work, clock: Callable[[], float]) -> StageEstimate:
 def _memory(work: _Work) -> int:
     """Peak of a round: in its steps, on the held-out patients, or where images become latents."""
     experiment, stage = work.experiment, work.stage
-    peaks = [_step_peak(work)]
+    peaks = [_peak(work, _training_step)]
     if experiment.privacy is None:
         peaks.append(_peak(replace(work, count=min(HELD_OUT_BATCH, images_at_once(work.shape))), _evaluation))
     if experiment.autoencoder is not None and stage.name == "denoiser":
         peaks.append(_encoding_peak(work))
     if work.device.type == "cuda":
-        return _grown(max(peaks))
+        return max(peaks) + WORKSPACE_BYTES
     received = _numbers(stage.needed(model_shapes(experiment)))
     moments = 2 * _numbers(stage_shapes(experiment, stage))  # of the last round, as they were read
-    return LIBRARIES_BYTES + _grown(max(peaks)) + 4 * (received + moments)
-
-
-def _grown(tensors: int) -> int:
-    return int(HOLES * tensors) + WORKSPACE_BYTES
-
-
-def _step_peak(work: _Work) -> int:
-    return _peak(work, _training_step)
+    return LIBRARIES_BYTES + max(peaks) + WORKSPACE_BYTES + 4 * (received + moments)
 
 
 def _peak(work: _Work, of: Callable[[_Work, Objective], Callable[[], object]]) -> int:
-    """Bytes of tensors that two passes hold at most: the second training step has the optimiser's moments."""
+    """Bytes that two passes hold at most: the second training step has the optimiser's moments."""
     objective = _objective(work)
     with _fake(objective.network, work.device):
         run, memory = of(work, objective), LiveMemory()
         with memory:
             run()
             run()
-    return memory.peak
+    return memory.peak + memory.convolution
 
 
 def _encoding_peak(work: _Work) -> int:
@@ -370,7 +362,7 @@ def _encoding_peak(work: _Work) -> int:
     with _fake(autoencoder, work.device), torch.no_grad(), memory:
         batch = images_at_once(experiment.image_shape)
         autoencoder.encode(torch.empty(batch, *experiment.image_shape, device=work.device))
-    return memory.peak
+    return memory.peak + memory.convolution
 
 
 def _flops(work: _Work, of: Callable[[_Work, Objective], Callable[[], object]]) -> int:

@@ -68,6 +68,15 @@ def test_what_autograd_keeps_counts_and_fake_tensors_say_the_same() -> None:
         assert peak_of_training() == real
 
 
+def test_the_largest_convolution_is_known() -> None:
+    x, layer = torch.zeros(1, 1, 8, 8, requires_grad=True), nn.Conv2d(1, 3, 3, padding=1, bias=False)
+    with LiveMemory() as memory:
+        y = layer(x)
+        assert memory.convolution == 4 * (64 + 27 + 3 * 64)
+        y.sum().backward()
+        assert memory.convolution == 4 * (3 * 64 + 2 * (64 + 27)), "gradients of both, too"
+
+
 def test_fake_tensors_take_no_memory() -> None:
     with FakeTensorMode(), LiveMemory() as memory:
         huge = torch.zeros(1 << 40)
