@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from custom.config import ExperimentConfig
 from custom.device import images_at_once, mixed_precision
+from custom.diffusion.checkpointing import checkpointed
 from custom.diffusion.objective import Objective
 from custom.site_file import HardwareConfig, Precision
 from custom.stages import Stage, stage_objective, stage_of
@@ -87,8 +88,6 @@ def train_round(
 
     network.train()
     if hardware.checkpointing:
-        from custom.diffusion.checkpointing import checkpointed
-
         checkpointed(network)
     training = stage.training
     assert training.batch_size is not None  # noqa: S101 - only a job with differential privacy has none

@@ -365,7 +365,8 @@ def _losses_said(run: RunView) -> str:
         said = "The loss is the mean squared error of what the network predicts, without a unit; lower is better."
         autoencoder = None if run.config is None else run.config.autoencoder
         if autoencoder is not None and autoencoder.rounds:
-            said += f" Of the first {count_said(autoencoder.rounds, 'round')} it is the autoencoder's, of another scale."
+            first = count_said(autoencoder.rounds, "round")
+            said += f" Of the first {first} it is the autoencoder's, of another scale."
         return said
     if any("train_loss" in record.mean or "held_out_loss" in record.mean for record in run.rounds):
         return "Only the mean over the sites is known: each site's own loss is withheld by secure aggregation."

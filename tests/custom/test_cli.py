@@ -53,6 +53,7 @@ def model_of_volumes(tmp_path: Path, experiment: ExperimentConfig) -> Path:
         ["data", "phantom"],
         ["simulator-keys"],
         ["sample"],
+        ["preflight"],
         ["evaluate"],
         ["receipt"],
         ["ledger"],
