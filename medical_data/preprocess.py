@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medical_data.errors import SeriesRefused
 from medical_data.hounsfield import AIR_HU
+from medical_data.stack import SPACING_LIMITS_MM
 from medical_data.volume import Vector, Volume
 
 # Between air and lung (below) and fat (above, about -100 HU): outlines the body whatever the kernel or the
@@ -70,8 +71,11 @@ class PreprocessConfig:
             raise ValueError(f"spacing_mm = {self.spacing_mm}: leave it out for 2D, where the body fills the frame")
         if self.spatial_dims == 3:
             spacing = tuple(float(s) for s in self.spacing_mm or ())
-            if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-                raise ValueError(f"spacing_mm = {self.spacing_mm}: give the voxel size (D, H, W) in mm for 3D")
+            low, high = SPACING_LIMITS_MM  # a sample that is written must be readable
+            if len(spacing) != 3 or not all(low <= s <= high for s in spacing):
+                raise ValueError(
+                    f"spacing_mm = {self.spacing_mm}: give the voxel size (D, H, W) for 3D, {low:g} to {high:g} mm"
+                )
             object.__setattr__(self, "spacing_mm", spacing)
 
 

@@ -275,7 +275,7 @@ def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
     experiment: ExperimentConfig, tmp_path: Path, latent: bool
 ) -> None:
     """Every attack, control and screen of the audit on volumes, also where the network sees only their latents."""
-    volumes = PreprocessConfig(spatial_dims=3, size=8, images_per_patient=1, spacing_mm=(24.0, 52.0, 52.0))
+    volumes = PreprocessConfig(spatial_dims=3, size=8, images_per_patient=1, spacing_mm=(24.0, 25.0, 25.0))
     experiment = replace(experiment, preprocess=volumes)
     if latent:
         experiment = replace(

@@ -23,7 +23,7 @@ from medical_data.inspection import iter_volumes
 from medical_data.preprocess import PreprocessConfig
 
 SITES = ["site-1", "site-2", "site-3"]
-VOLUMES = PreprocessConfig(spatial_dims=3, size=16, images_per_patient=2, spacing_mm=(6.0, 26.0, 26.0))
+VOLUMES = PreprocessConfig(spatial_dims=3, size=16, images_per_patient=2, spacing_mm=(6.0, 25.0, 25.0))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_samples_are_a_dicom_series_each_that_the_reader_accepts(completed: Run,
         assert row.accepted, row
         assert volume is not None
         assert volume.hu.shape == (16, 16, 16)
-        assert volume.spacing_mm == pytest.approx((6.0, 26.0, 26.0))
+        assert volume.spacing_mm == pytest.approx((6.0, 25.0, 25.0))
 
 
 def test_both_stages_run_under_masks(latents: ExperimentConfig, tmp_path: Path) -> None:

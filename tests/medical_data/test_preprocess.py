@@ -291,7 +291,7 @@ def test_impossible_configurations_name_the_argument(name: str, value: object) -
         PreprocessConfig(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("spacing", [None, (1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("inf"), 1.0)])
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.0), (1.0, 0.0, 1.0), (1.0, float("inf"), 1.0), (5.0, 26.0, 26.0)])
 def test_patches_need_a_voxel_size(spacing: tuple[float, ...] | None) -> None:
     with pytest.raises(ValueError, match=r"^spacing_mm = "):
         PreprocessConfig(spatial_dims=3, spacing_mm=spacing)  # type: ignore[arg-type]
