@@ -293,14 +293,13 @@ def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
     autoencoder = model.autoencoder()
     known = images if autoencoder is None else encoded(autoencoder, images, CPU)
     torch.manual_seed(0)
-    fit(network, schedule, known, steps=400, seed=0, device=CPU, label="", progress=False)
+    fit(network, schedule, known, steps=1200, seed=0, device=CPU, label="", progress=False)
     weights = {**model.weights, **network.state_dict()}
     save_model(tmp_path / "model.safetensors", replace(model, weights=weights, ema=weights))
     evidence = audited(
         tmp_path / "model.safetensors", {"a": cohort}, images_per_patient=1, samples=12, control_steps=50
     )
-    strongest = evidence.attacks[evidence.strongest].outcome
-    assert strongest.patient_auc.estimate > 0.85
+    assert max(attack.outcome.patient_auc.estimate for attack in evidence.attacks) > 0.85
     assert min(attack.adjusted_p for attack in evidence.attacks) < 0.05
     assert {attack.name for attack in evidence.attacks} >= {"loss", "secmi", "band_pass", "gradients", "stacked"}
     assert latent == ("reconstruction" in {attack.name for attack in evidence.attacks})
