@@ -141,9 +141,13 @@ class SecureFedAvg(DiffusionFedAvg):
                 self.info(f"{said}; once more, with fresh keys")
                 continue
             if shared_noise_encoding(experiment, task, header.round_number) is None:
-                check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
+                self._check_average(average, task, shapes, experiment)
             return average
         raise AssertionError  # the last attempt returned or raised
+
+    def _check_average(self, average: MaskedAverage, task: str, shapes: Shapes, experiment: ExperimentConfig) -> None:
+        """Refuse a mean that no acceptable updates have; raises ``EgressRefused``."""
+        check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
 
     def _moved(self, model: ModelFile, average: Average) -> ModelFile:
         if shared_noise_encoding(model.experiment, tasks.TRAIN, model.rounds_done) is not None:
