@@ -94,7 +94,7 @@ def test_every_job_of_the_repository_passes_a_site_that_demands_nothing(site: Si
 
 def test_every_job_is_looked_at() -> None:
     volumes = ["ct_ddpm_3d", "ct_ddpm_3d_dp", "ct_ldm_3d"]
-    assert EVERY_JOB == sorted(["ct_audit", "ct_ddpm", "ct_ddpm_dp", "ct_ddpm_he", "ct_ddpm_secagg", *volumes])
+    assert sorted(["ct_audit", "ct_ddpm", "ct_ddpm_dp", "ct_ddpm_he", "ct_ddpm_secagg", *volumes]) == EVERY_JOB
 
 
 def test_the_encrypted_job_needs_nvflares_two_classes(site: Site) -> None:
