@@ -20,7 +20,7 @@ from custom.device import images_at_once
 from custom.diffusion.autoencoder import Autoencoder
 from custom.diffusion.schedule import Schedule, build_schedule
 from custom.latents import decoded, encoded
-from custom.model_file import ModelFile
+from custom.model_file import ModelFile, initial_model
 from custom.stages import fresh_weights, model_denoiser
 from medical_data.cohort import Cohort, Part
 from medical_data.preprocess import evenly
@@ -197,25 +197,28 @@ class Scorer:
         if self.config.gradient_levels:
             scored.append(self._white_box(population))
         scored.append(self._stacked(population, scored))
-        experiment = self.model.experiment
-        of = populations(population, experiment.seed)
+        of = populations(population, self.model.experiment.seed)
+        # Before any training: an autoencoder that has seen the patients could remember them, too.
+        fresh = Scorer(initial_model(self.model.experiment), self.config, device=self.device, progress=self.progress)
+        untrained = fresh._grey_box(fresh.network, population, UNTRAINED_ATTACKS, "untrained")
+        self.costs += fresh.costs
         found: dict[str, tuple[Scored, ...]] = {
             TARGET: tuple(scored),
             SHUFFLED: tuple(s for s in target if s.name in CONTROL_ATTACKS),
-            UNTRAINED: self._grey_box(_fresh(experiment, experiment.seed), population, UNTRAINED_ATTACKS, "untrained"),
+            UNTRAINED: untrained,
         }
         if OVERFITTED in of:
             found[OVERFITTED] = self._overfitted(of[OVERFITTED])
         groups = {name: Group(name=name, population=of[name], scored=each) for name, each in found.items()}
         return Scoreboard(groups=groups, costs=tuple(self.costs))
 
-    def denoised(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _denoised(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the model denoises of images [N, 1, *spatial]: themselves, or their latents."""
         return images if self.autoencoder is None else encoded(self.autoencoder, images, self.device)
 
     def _asked(self, network: torch.nn.Module, images: NDArray[np.float32], attacks: Sequence[str]) -> GreyBoxScores:
         """Grey-box statistics of images, by what the network says of them."""
-        denoised = self.denoised(images)
+        denoised = self._denoised(images)
         return grey_box_scores(
             denoiser(network, self.schedule, self.device),
             denoised,
@@ -290,7 +293,7 @@ class Scorer:
             network = fit(
                 _fresh(self.model.experiment, self.model.experiment.seed + 1 + number),
                 self.schedule,
-                self.denoised(population.images[rows]),
+                self._denoised(population.images[rows]),
                 steps=self.config.reference_steps,
                 seed=number,
                 device=self.device,
@@ -341,7 +344,7 @@ class Scorer:
         norms = gradient_norms(
             loss,
             parameters,
-            self.denoised(population.images),
+            self._denoised(population.images),
             timesteps=levels,
             seed=0,
             batch_size=16,
@@ -372,8 +375,8 @@ class Scorer:
         overfit(
             network,
             self.schedule,
-            self.denoised(control.images[learnt]),
-            self.denoised(control.images[~learnt]),
+            self._denoised(control.images[learnt]),
+            self._denoised(control.images[~learnt]),
             steps=self.config.control_steps,
             device=self.device,
             progress=self.progress,

@@ -24,13 +24,14 @@ from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
 from custom.latents import encoded
 from custom.model_file import ModelFile, initial_model, load_model, save_model
+from custom.stages import fresh_weights
 from custom.strict import ConfigError
 from medical_data.cohort import Cohort, DataLimits, EmbeddedSource, prepare_cohort
 from medical_data.preprocess import PreprocessConfig
 from privacy.audit.decision import DecisionRule, decide
 from privacy.audit.errors import BrokenCommitment, Overlap
 from privacy.audit.evidence import Evidence
-from privacy.audit.population import joined
+from privacy.audit.population import Population, joined
 from privacy.audit.report.document import load_audit
 
 CPU = torch.device("cpu")
@@ -306,6 +307,31 @@ def test_a_model_of_volumes_that_knows_its_patients_by_heart_is_caught(
     assert {screen.samples for screen in evidence.copies} == {12}
     assert {control.name for control in evidence.controls} == {"overfitted", "untrained", "shuffled"}
     assert evidence.blind is not None
+
+
+def test_the_untrained_control_has_an_untrained_autoencoder(experiment: ExperimentConfig) -> None:
+    """One that has seen the patients could tell them apart, and a leak would pass for an invalid audit."""
+    latent = replace(experiment, autoencoder=AutoencoderConfig(channels=(8, 8), latent_channels=2, frozen="public"))
+    rng = np.random.default_rng(0)
+    population = Population(
+        images=rng.uniform(-1, 1, (16, 1, 16, 16)).astype(np.float32),
+        patient=np.arange(16),
+        member=np.arange(16) < 8,
+        site=np.zeros(16, dtype=np.int64),
+        sites=("a",),
+        keys=tuple(f"p{index}" for index in range(16)),
+    )
+    fast = replace(CONFIG, reference_steps=0, gradient_levels=(), control_steps=1)
+    found = []
+    for seed in (1, 2):
+        model = initial_model(latent)
+        trained = {**model.weights, **fresh_weights(latent, seed=seed)}
+        board = Scorer(replace(model, weights=trained, ema=trained), fast, device=CPU, progress=False)
+        found.append(board.scoreboard(population).groups)
+    one, other = ({s.name: s.scores for s in groups["untrained"].scored} for groups in found)
+    assert all(np.array_equal(one[name], other[name]) for name in one), "whatever the model has learnt"
+    one, other = ({s.name: s.scores for s in groups["target"].scored} for groups in found)
+    assert not np.array_equal(one["reconstruction"], other["reconstruction"])
 
 
 def test_attacks_by_updates_and_canaries_are_of_images_not_of_latents(
