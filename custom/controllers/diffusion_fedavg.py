@@ -16,7 +16,6 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.workflows.fedavg import FedAvg
-from torch import Tensor
 
 from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
@@ -38,12 +37,13 @@ from custom.diffusion.schedule import build_schedule
 from custom.drawing import draw
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.job_plan import privacy_plan
-from custom.model_file import ModelFile, initial_model, load_model, save_model
+from custom.model_file import ModelFile, initial_model, save_model
+from custom.named_models import frozen_autoencoder, start_weights
 from custom.pictures import grey_levels, sample_grid, viewable
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.server_step import moved
 from custom.site_file import ServerConfig, server_config
-from custom.stages import PREFIX, part, stage_of, stage_shapes
+from custom.stages import stage_of, stage_shapes
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
 
@@ -351,55 +351,6 @@ def resumed(runs: Path, run_id: str, experiment: ExperimentConfig) -> RunFolder:
     if last.experiment != experiment:
         raise ConfigError(f"resume_run = {run_id!r}: another experiment; resume with the job folder that began the run")
     return folder
-
-
-def start_weights(models: Path, experiment: ExperimentConfig) -> dict[str, Tensor]:
-    """The weights of the model that a job names to start from. A job names a model, never a path on the server.
-
-    Raises:
-        ConfigError: no such model, or one of another network or noise schedule.
-    """
-    given = _named_model("start_from", str(experiment.start_from), models, experiment)
-    _require_alike("start_from", _described(given.experiment), _described(experiment))
-    return given.ema
-
-
-def frozen_autoencoder(models: Path, experiment: ExperimentConfig, name: str) -> dict[str, Tensor]:
-    """The autoencoder of a model that a job names, by the tensors' names in a model.
-
-    Raises:
-        ConfigError: no such model, one without an autoencoder, or with another one than the job describes.
-    """
-    given = _named_model("autoencoder.frozen", name, models, experiment)
-    theirs, ours = _described(given.experiment), _described(experiment)
-    for key in ("network", "schedule"):
-        del theirs[key], ours[key]
-    _require_alike("autoencoder.frozen", theirs, ours)
-    return {PREFIX + key: tensor for key, tensor in part(given.ema, "autoencoder").items()}
-
-
-def _named_model(argument: str, name: str, models: Path, experiment: ExperimentConfig) -> ModelFile:
-    file = models / f"{name}.safetensors"
-    if not file.is_file():
-        raise ConfigError(f"{argument} = {name!r}: no {file}; make it: fedct pretrain jobs/{experiment.name} {file}")
-    return load_model(file)
-
-
-def _described(experiment: ExperimentConfig) -> dict[str, object]:
-    """What must be alike for one model's weights to mean the same in another."""
-    autoencoder = experiment.autoencoder
-    return {
-        "network": experiment.network,
-        "schedule": experiment.schedule,
-        "spatial_dims": experiment.preprocess.spatial_dims,
-        "autoencoder": None if autoencoder is None else autoencoder.architecture,
-    }
-
-
-def _require_alike(argument: str, theirs: dict[str, object], ours: dict[str, object]) -> None:
-    for name, mine in ours.items():
-        remedy = f"this job has {mine}; name a model that was made for it"
-        require(mine == theirs[name], argument=f"{argument}.{name}", value=theirs[name], remedy=remedy)
 
 
 def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) -> TaskHeader:

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from custom.cli import main
 from custom.config import ExperimentConfig, NetworkConfig, TrainingConfig
-from custom.controllers.diffusion_fedavg import frozen_autoencoder, start_weights
 from custom.diffusion.autoencoder import build_autoencoder
 from custom.diffusion.networks import build_network
 from custom.latents import encoded
 from custom.model_file import load_model
+from custom.named_models import frozen_autoencoder, start_weights
 from custom.privacy_config import PrivacyConfig
 from custom.stages import PREFIX, fresh_weights, model_autoencoder
 from custom.strict import ConfigError
@@ -122,9 +122,12 @@ def test_other_weights_are_refused_by_name(
     save_file(other, tmp_path / "other.safetensors")
     (tmp_path / "broken.pt").write_bytes(b"no pickle")
     torch.save([1, 2], tmp_path / "list.pt")
+    same = build_autoencoder(latent_job.autoencoder, spatial_dims=2).kl.state_dict()
+    save_file({name: torch.zeros_like(tensor) for name, tensor in same.items()}, tmp_path / "zeros.safetensors")
     command = ["pretrain", str(tmp_path / "job"), str(tmp_path / "m.safetensors"), "--patients", "4", "--steps", "1"]
     for name, said in (
         ("other.safetensors", "architecture"),
+        ("zeros.safetensors", "gives nothing of these images"),
         ("broken.pt", "file of tensors alone"),
         ("list.pt", "state dictionary"),
         ("nowhere.pt", "no such file"),

@@ -14,7 +14,6 @@ import torch
 from custom import tasks
 from custom.codec import update_reply
 from custom.config import AutoencoderConfig, ExperimentConfig, TrainingConfig
-from custom.controllers.diffusion_fedavg import frozen_autoencoder, start_weights
 from custom.drawing import draw
 from custom.egress import EgressRefused, released_shapes
 from custom.filters.egress_gate import checked
@@ -22,6 +21,7 @@ from custom.job_plan import privacy_plan
 from custom.latents import decoded, encoded, latent_cohort
 from custom.masked_vector import gradient_shapes, session_encoding, vector_sizes
 from custom.model_file import ModelFile, initial_model, load_model, save_checkpoint, save_model
+from custom.named_models import frozen_autoencoder, start_weights
 from custom.privacy_config import MeanImageConfig
 from custom.secure_config import SecureAggregationConfig
 from custom.server_step import moved, stepped
