@@ -16,7 +16,7 @@ from torch import Tensor
 
 from custom.config import ExperimentConfig, TrainingConfig
 from custom.diffusion.autoencoder import Autoencoder, build_autoencoder
-from custom.diffusion.networks import Shapes, build_network, shapes_of
+from custom.diffusion.networks import Shapes, build_network
 from custom.diffusion.objective import Objective, denoising, reconstructing
 from custom.diffusion.schedule import build_schedule
 
@@ -55,10 +55,6 @@ class Stage:
         """Those of a model's tensors that a site needs, by their names: a denoiser's rounds also encode images."""
         return {key: tensor for key, tensor in tensors.items() if key.startswith(self.prefix)}
 
-    def own(self, tensors: Mapping[str, T]) -> dict[str, T]:
-        """Those of a model's tensors that the stage trains, under the network's own names."""
-        return part(tensors, self.name)
-
 
 def part(tensors: Mapping[str, T], name: Literal["autoencoder", "denoiser"]) -> dict[str, T]:
     """One network's tensors out of a model's, under the network's own names."""
@@ -84,25 +80,23 @@ def stage_of(experiment: ExperimentConfig, round_number: int) -> Stage:
 
 
 @lru_cache(maxsize=8)
+def model_shapes(experiment: ExperimentConfig) -> Shapes:
+    """Name and shape of every tensor of the model, a frozen autoencoder's too.
+
+    All of them are float32 parameters: our networks have no buffers (checked by tests).
+    """
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in fresh_weights(experiment).items()}
+
+
 def stage_shapes(experiment: ExperimentConfig, stage: Stage) -> Shapes:
     """Name, as in messages, and shape of every tensor that a stage trains."""
-    with torch.device("meta"):
-        network = _denoiser(experiment) if stage.name == "denoiser" else _autoencoder(experiment)
-    return {stage.prefix + name: shape for name, shape in shapes_of(network).items()}
+    own = part(model_shapes(experiment), stage.name)
+    return {stage.prefix + name: shape for name, shape in own.items()}
 
 
-@lru_cache(maxsize=8)
-def model_shapes(experiment: ExperimentConfig) -> Shapes:
-    """Name and shape of every tensor of the model, a frozen autoencoder's too."""
-    with torch.device("meta"):
-        shapes = shapes_of(_denoiser(experiment))
-        if experiment.autoencoder is not None:
-            shapes |= {PREFIX + name: shape for name, shape in shapes_of(_autoencoder(experiment)).items()}
-    return shapes
-
-
-def fresh_weights(experiment: ExperimentConfig, *, seed: int) -> dict[str, Tensor]:
-    """Weights of a new model by name, which the seed determines."""
+def fresh_weights(experiment: ExperimentConfig, *, seed: int | None = None) -> dict[str, Tensor]:
+    """Weights of a new model by name, which a seed determines."""
     weights = dict(_denoiser(experiment, seed).state_dict())
     if experiment.autoencoder is not None:
         weights |= {PREFIX + name: tensor for name, tensor in _autoencoder(experiment, seed).state_dict().items()}
@@ -114,15 +108,9 @@ def stage_objective(
 ) -> Objective:
     """The network that a stage trains, with the model's weights in it, and its loss."""
     if stage.name == "denoiser":
-        network = _denoiser(experiment)
-        objective = denoising(network, build_schedule(experiment.schedule))
-    else:
-        assert experiment.autoencoder is not None  # noqa: S101 - it has such a stage
-        network = _autoencoder(experiment)
-        objective = reconstructing(network, experiment.autoencoder)
-    network.load_state_dict(stage.own(weights))
-    network.to(device)
-    return objective
+        return denoising(model_denoiser(experiment, weights).to(device), build_schedule(experiment.schedule))
+    assert experiment.autoencoder is not None  # noqa: S101 - it has such a stage
+    return reconstructing(model_autoencoder(experiment, weights).to(device), experiment.autoencoder)
 
 
 def model_denoiser(experiment: ExperimentConfig, weights: Mapping[str, Tensor]) -> torch.nn.Module:

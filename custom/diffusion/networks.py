@@ -40,11 +40,3 @@ def build_network(config: NetworkConfig, *, spatial_dims: int, channels: int = 1
             use_flash_attention=True,  # PyTorch's scaled_dot_product_attention; on the CPU too
         )
     return network
-
-
-def shapes_of(network: nn.Module) -> Shapes:
-    """Name and shape of every tensor of a network's state.
-
-    All of them are float32 parameters: our networks have no buffers (checked by a test).
-    """
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
