@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 Images = NDArray[np.float32]
+T = TypeVar("T")
 
 EFFNET, EFFNET_LAYER, EFFNET_FEATURES = "efficientnet-lite0", "1280", 1280
 INCEPTION, INCEPTION_LAYER, INCEPTION_FEATURES = "inception-v3-compat", "2048", 2048
@@ -64,6 +65,15 @@ class Distances:
     kid_std: float
     precision: float
     recall: float
+
+
+class Measured(Protocol):
+    """A set whose distances are known."""
+
+    @property
+    def effnet(self) -> Distances: ...  # noqa: D102
+    @property
+    def inception(self) -> Distances | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +130,8 @@ class Evaluation:
 
     def table(self) -> str:
         """The figures as aligned text, one column an image set, with a line that says how they were made."""
-        columns = {"generated": self.generated, "real (train)": self.baseline}
-        if self.untrained is not None:
-            columns["untrained"] = self.untrained
-        rows = [["against held-out patients", *columns]]
-        effnet = [column.effnet for column in columns.values()]
-        rows += distance_rows(effnet, EFFNET_ROWS)
-        inception = [column.inception for column in columns.values() if column.inception is not None]
-        if inception:
-            rows += distance_rows(inception, INCEPTION_ROWS)
+        columns = named_columns(self.generated, self.baseline, self.untrained)
+        rows = [["against held-out patients", *columns], *distance_rows(list(columns.values()))]
         rows.append(["MS-SSIM within the set", *(f"{column.ms_ssim:.3f}" for column in columns.values())])
         height, width = self.image_size
         return "\n".join(
@@ -520,8 +523,22 @@ def _distances(
     )
 
 
-def distance_rows(distances: Sequence[Distances], names: tuple[str, str, str, str]) -> list[list[str]]:
-    """Rows of a table, one column a set: :data:`EFFNET_ROWS` or :data:`INCEPTION_ROWS`."""
+def named_columns(generated: T, baseline: T, untrained: T | None) -> dict[str, T]:
+    """The columns of a table under their headings."""
+    columns = {"generated": generated, "real (train)": baseline}
+    return columns if untrained is None else columns | {"untrained": untrained}
+
+
+def distance_rows(columns: Sequence[Measured]) -> list[list[str]]:
+    """Rows of a table, one column a set; those of Inception where there are its weights."""
+    inception = [column.inception for column in columns if column.inception is not None]
+    return [
+        *_rows([column.effnet for column in columns], EFFNET_ROWS),
+        *(_rows(inception, INCEPTION_ROWS) if inception else []),
+    ]
+
+
+def _rows(distances: Sequence[Distances], names: tuple[str, str, str, str]) -> list[list[str]]:
     frechet, kid, precision, recall = names
     return [
         [frechet, *(f"{one.fd:.2f}" for one in distances)],

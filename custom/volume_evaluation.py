@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from custom.evaluation import (
     EFFNET,
-    EFFNET_ROWS,
     INCEPTION,
-    INCEPTION_ROWS,
     KID_SUBSETS,
     Distances,
     aligned,
@@ -32,6 +30,7 @@ from custom.evaluation import (
     kid_subset_size,
     mean_pairwise_ms_ssim,
     ms_ssim_scales,
+    named_columns,
     prc_neighbours,
 )
 from medical_data.preprocess import evenly
@@ -136,16 +135,11 @@ class VolumeEvaluation:
 
     def table(self) -> str:
         """The figures as aligned text, one column a set, with lines that say how they were made."""
-        columns = {"generated": self.generated, "real (train)": self.baseline}
-        if self.untrained is not None:
-            columns["untrained"] = self.untrained
-        rows = distance_rows([column.effnet for column in columns.values()], EFFNET_ROWS)
+        columns = named_columns(self.generated, self.baseline, self.untrained)
+        rows = distance_rows(list(columns.values()))
         for plane in PLANES:
-            _, kid, *_ = distance_rows([column.planes[plane].effnet for column in columns.values()], EFFNET_ROWS)
+            _, kid, *_ = distance_rows([column.planes[plane] for column in columns.values()])
             rows.append([f"{kid[0]} {plane}", *kid[1:]])
-        inception = [column.inception for column in columns.values() if column.inception is not None]
-        if inception:
-            rows += distance_rows(inception, INCEPTION_ROWS)
         rows.append(["3D MS-SSIM within the set", *(f"{column.ms_ssim:.3f}" for column in columns.values())])
         neighbours = [*(column.continuity for column in columns.values()), self.held_out, self.shuffled]
         table = [

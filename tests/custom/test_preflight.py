@@ -94,30 +94,29 @@ def test_a_private_step_holds_as_many_tensors_as_expected(
     assert expected == pytest.approx(memory.peak + memory.convolution, rel=0.15)
 
 
+def volume_job(preset: str, size: int) -> ExperimentConfig:
+    """jobs/ct_ddpm_3d with another network and size, an image at a time."""
+    job = ExperimentConfig.of_job(REPOSITORY / "jobs" / "ct_ddpm_3d")
+    return replace(
+        job,
+        preprocess=replace(job.preprocess, size=size),
+        network=PRESETS[preset],
+        training=replace(job.training, batch_size=1),
+    )
+
+
 def test_a_volume_takes_the_memory_that_was_expected() -> None:
     """Of the preset tiny at 48³, in a process of its own."""
     case = {"preset": "tiny", "size": 48, "setting": "float32", "threads": 1}
     command = [sys.executable, "tests/benchmarks/volume_memory.py", "--case", json.dumps(case)]
     measured = json.loads(subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE).stdout)
-    job = ExperimentConfig.of_job(REPOSITORY / "jobs" / "ct_ddpm_3d")
-    job = replace(
-        job,
-        preprocess=replace(job.preprocess, size=48),
-        network=PRESETS["tiny"],
-        training=replace(job.training, batch_size=1),
-    )
+    job = volume_job("tiny", 48)
     expected = step_bytes(job, stages(job)[0], HARDWARE, patients=1)
     assert 0.75 < expected / measured["memory"] < 1.5
 
 
 def test_a_large_volume_is_estimated_in_little_memory() -> None:
-    job = ExperimentConfig.of_job(REPOSITORY / "jobs" / "ct_ddpm_3d")
-    job = replace(
-        job,
-        preprocess=replace(job.preprocess, size=96),
-        network=PRESETS["base"],
-        training=replace(job.training, batch_size=1),
-    )
+    job = volume_job("base", 96)
     plain = step_bytes(job, stages(job)[0], HARDWARE, patients=1)
     less = step_bytes(job, stages(job)[0], replace(HARDWARE, checkpointing=True), patients=1)
     assert 14 * GIB < plain < 18 * GIB
