@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from custom.diffusion.networks import Shapes
 from custom.egress import MEAN_IMAGE
+from custom.stages import PREFIX
 from custom.strict import require
 from privacy.rng import Randomness, with_gaussian_noise
 
@@ -32,8 +33,10 @@ WEIGHT_TOLERANCE = 1e-6  # of a sum of whole numbers; under another key it is of
 
 
 def packed_name(shapes: Mapping[str, object]) -> str:
-    """The name of the one vector that stands for these tensors."""
-    return MEAN_IMAGE if set(shapes) == {MEAN_IMAGE} else UPDATE
+    """The name of the one vector that stands for these tensors: another one for each set that may leave in a job."""
+    if set(shapes) == {MEAN_IMAGE}:
+        return MEAN_IMAGE
+    return PREFIX + UPDATE if all(name.startswith(PREFIX) for name in shapes) else UPDATE
 
 
 def packed_size(shapes: Shapes) -> int:

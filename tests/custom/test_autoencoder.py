@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from custom.config import AutoencoderConfig, ExperimentConfig
+from custom.config import AutoencoderConfig, ExperimentConfig, TrainingConfig
 from custom.diffusion.autoencoder import SCALE_RATE, SCALE_WEIGHT, autoencoder_loss, build_autoencoder
 from custom.training import train_round
 from medical_data.cohort import Cohort
@@ -111,6 +111,7 @@ def test_scaled_latents_have_unit_deviation_after_training(latent_experiment: Ex
         ({"frozen": "public"}, "autoencoder.rounds"),
         ({"rounds": 0, "frozen": "../public"}, "autoencoder.frozen"),
         ({"kl_weight": -1.0}, "autoencoder.kl_weight"),
+        ({"rounds": 0, "frozen": "p", "training": TrainingConfig(steps_per_round=1)}, "autoencoder.training"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(changes: dict[str, Any], named: str) -> None:

@@ -22,11 +22,11 @@ from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import DiffusionFedAvg
 from custom.controllers.encrypted_fedavg import EncryptedFedAvg
 from custom.diffusion.networks import Shapes
-from custom.egress import EgressRefused
+from custom.egress import EgressRefused, released_shapes
 from custom.filters.egress_gate import EgressGate, passed
 from custom.filters.encryption import CiphertextGate, PackUpdate, require_chain, require_encryption, sealed
 from custom.he_contexts import CLIENT_CONTEXT, SERVER_CONTEXT, new_context, serialized
-from custom.he_packing import FLOOD_STD, UPDATE, opened
+from custom.he_packing import FLOOD_STD, UPDATE, opened, packed_name
 from custom.secure_config import SecureAggregationConfig
 from custom.site_file import ServerConfig
 from custom.stages import model_shapes
@@ -352,6 +352,18 @@ def test_privacy_and_encryption_go_together(private_experiment: ExperimentConfig
         dxo = from_shareable(sealed(through_nvflares_encryptor(passed(reply, config), client), config))
         total = EncryptedSum({name: array.shape for name, array in released.items()}, config, server)
         assert total.add("a", dxo.data, reply_meta(dxo.meta)), total.refused
+
+
+def test_updates_of_both_stages_leave_encrypted(latent_experiment: ExperimentConfig, client: Any, server: Any) -> None:
+    config = replace(latent_experiment, encryption="ckks")
+    for shapes in released_shapes(config):
+        released = update(shapes, 1)
+        reply = leaves(released, client, config)
+        dxo = from_shareable(reply)
+        assert set(dxo.data) == {packed_name(shapes)}
+        total = EncryptedSum(shapes, config, server)
+        assert total.add("a", dxo.data, reply_meta(dxo.meta)), total.refused
+    assert len({packed_name(shapes) for shapes in released_shapes(config)}) == 2
 
 
 def test_each_workflow_refuses_the_others_experiment(

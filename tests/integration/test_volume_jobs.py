@@ -97,6 +97,14 @@ def test_both_stages_run_under_masks(latents: ExperimentConfig, tmp_path: Path) 
         assert kept.stat().st_size > 0, "encoded once for both rounds"
 
 
+def test_both_stages_run_encrypted(latents: ExperimentConfig, tmp_path: Path) -> None:
+    pytest.importorskip("tenseal")
+    run = simulate(tmp_path, replace(latents, encryption="ckks"), SITES, threads=3)
+    assert run.returncode == 0, run.output
+    assert check_receipt(run.folder)["participants"] == {str(number): SITES for number in range(3)}
+    assert {name: a.shape for name, a in load_file(run.folder / "model.safetensors").items()} == model_shapes(latents)
+
+
 def test_both_stages_are_charged_by_one_plan(latents: ExperimentConfig, tmp_path: Path) -> None:
     """Also with fresh processes for every task: what a stage builds on lies on the disk."""
     assert latents.autoencoder is not None
