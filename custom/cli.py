@@ -18,6 +18,7 @@ from custom.commands import (
     release,
     sample,
     simulator_keys,
+    study,
 )
 from custom.run_folder import RunFailed
 from custom.strict import ConfigError
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         receipt,
         ledger,
         simulator_keys,
+        study,
         federation,
         site,
     ):

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
+from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
+from nvflare.fuel.utils import fobs
 from torch import Tensor
 
 from custom.config import EXPERIMENT_FILE, ExperimentConfig
@@ -48,12 +51,16 @@ class TaskHeader:
         round_number: from 0; the evaluation after the last round bears the number of rounds.
         config_sha256: of the server's experiment; a site with another one refuses.
         schedule_sha256: of the server's noise schedule, likewise.
+        first_step: number, in the round's stage, of the round's first gradient step.
+        steps: of the round.
     """
 
     run_id: str
     round_number: int
     config_sha256: str
     schedule_sha256: str
+    first_step: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +162,20 @@ def read_answer(data: Any) -> FromSite:
     return build(FromSite, data, MESSAGE)
 
 
-def update_reply(difference: Mapping[str, Tensor], *, weight: float, metrics: Mapping[str, float]) -> Shareable:
-    """A site's answer to ``train`` or ``release``: float32 arrays, the aggregation weight and metrics."""
-    arrays = {name: tensor.numpy() for name, tensor in difference.items()}
+def update_reply(update: Mapping[str, Tensor], *, weight: float, metrics: Mapping[str, float]) -> Shareable:
+    """A site's answer to ``train`` or ``release``: float32 arrays or few bits, the aggregation weight and metrics."""
+    arrays = {name: tensor.numpy() for name, tensor in update.items()}
     reply: Shareable = DXO(
         DataKind.WEIGHT_DIFF, data=arrays, meta={WEIGHT: weight, MetaKey.INITIAL_METRICS: dict(metrics)}
     ).to_shareable()
     return reply
+
+
+def wire_bytes(arrays: Arrays) -> int:
+    """Bytes of an update's or a task's named arrays as NVFlare serialises them."""
+    fobs.register(NumpyArrayDecomposer)
+    flare_decomposers.register()
+    return len(fobs.dumps(DXO(DataKind.WEIGHT_DIFF, data=dict(arrays)).to_shareable()))
 
 
 def encrypted_reply(name: str, vector: object, *, metrics: Mapping[str, float]) -> Shareable:

@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from custom.audit_config import AuditConfig
+from custom.federation_config import (
+    FederationConfig,
+    PersonalConfig,
+    UpdatesConfig,
+)
 from custom.privacy_config import PrivacyConfig
 from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
@@ -120,7 +125,7 @@ class TrainingConfig:
     """One site's work in one round.
 
     Attributes:
-        steps_per_round: gradient steps a site makes in a round.
+        steps_per_round: gradient steps a site makes in a round; with ``local_epochs``, in a local epoch.
         batch_size: images per step; patients are drawn uniformly, then one of the patient's images. With differential
             privacy there is none: the sampling rate decides.
         learning_rate: peak of the cosine schedule over the whole run (all rounds).
@@ -128,6 +133,9 @@ class TrainingConfig:
         weight_decay: AdamW's.
         gradient_clip: bound on the L2 norm of a step's gradient, or None. With differential privacy there is none:
             each patient's gradient is clipped.
+        proximal: μ of FedProx (arXiv:1812.06127, eq. 2), which draws a site's weights to the global ones; 0 is FedAvg.
+        local_epochs: ``auto``: a round has as many local epochs as :mod:`custom.local_epochs` says, few when the model
+            is nearly done, and the run ends once each site has made rounds × steps_per_round steps; None: one.
     """
 
     steps_per_round: int
@@ -136,8 +144,12 @@ class TrainingConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     gradient_clip: float | None = None
+    proximal: float = 0.0
+    local_epochs: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
+        remedy = "give ≥ 0"
+        require(self.proximal >= 0, argument="training.proximal", value=self.proximal, remedy=remedy)
         require(
             self.steps_per_round >= 1,
             argument="training.steps_per_round",
@@ -234,63 +246,6 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederationConfig:
-    """Rounds, who takes part, and what the server accepts.
-
-    Attributes:
-        rounds: rounds in total, those of an autoencoder included.
-        clients_per_round: sites drawn (seeded) for each round; ``None`` draws all.
-        min_responses: accepted replies below which a round is void and the run fails.
-        round_timeout_s: seconds after which a round goes on without the sites that are silent.
-        max_update_norm: bound on the L2 norm of a site's weight difference; a longer one is refused.
-        weighting: ``patients`` weights a site by its training patients (the count leaves the site),
-            ``uniform`` gives every site the same weight (nothing leaves).
-        server_ema: decay per round of the server's exponential moving average of the global model.
-    """
-
-    rounds: int
-    clients_per_round: int | None = None
-    min_responses: int = 2
-    round_timeout_s: int = 3600
-    max_update_norm: float = 1000.0
-    weighting: Literal["patients", "uniform"] = "patients"
-    server_ema: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 1, argument="federation.rounds", value=self.rounds, remedy="give at least 1")
-        require(
-            self.min_responses >= 1,
-            argument="federation.min_responses",
-            value=self.min_responses,
-            remedy="give at least 1",
-        )
-        require(
-            self.clients_per_round is None or self.clients_per_round >= self.min_responses,
-            argument="federation.clients_per_round",
-            value=self.clients_per_round,
-            remedy=f"draw at least min_responses = {self.min_responses} sites, or null for all",
-        )
-        require(
-            self.round_timeout_s >= 1,
-            argument="federation.round_timeout_s",
-            value=self.round_timeout_s,
-            remedy="give at least 1 second",
-        )
-        require(
-            self.max_update_norm > 0,
-            argument="federation.max_update_norm",
-            value=self.max_update_norm,
-            remedy="give a positive norm",
-        )
-        require(
-            0 <= self.server_ema < 1,
-            argument="federation.server_ema",
-            value=self.server_ema,
-            remedy="give a decay in [0, 1)",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """Pictures and figures that the server makes from the global model.
 
@@ -341,6 +296,8 @@ class ExperimentConfig:
         encryption: ``ckks``: updates leave the sites encrypted and the server adds ciphertexts; None sends them plain.
         audit: attack a finished model, whose preprocess, network and schedule are these; None trains one.
         autoencoder: the network denoises its latents; None: the images themselves.
+        updates: rounds that cost fewer bytes; None sends all of it as float32.
+        personal: models that the sites keep to themselves; None: the global one only.
     """
 
     name: str
@@ -355,6 +312,8 @@ class ExperimentConfig:
     encryption: Literal["ckks"] | None = None
     audit: AuditConfig | None = None
     autoencoder: AutoencoderConfig | None = None
+    updates: UpdatesConfig | None = None
+    personal: PersonalConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -385,6 +344,7 @@ class ExperimentConfig:
             _require_private(self)
         if self.encryption is not None:
             _require_encryptable(self)
+        _require_remedies(self)
         if self.audit is not None:
             _require_auditable(self, self.audit)
         require(
@@ -518,9 +478,74 @@ def _require_auditable(experiment: ExperimentConfig, audit: AuditConfig) -> None
     """What an audit must say, and what it must not because nothing would come of it."""
     named = audit.model is not None and NAME.fullmatch(audit.model) is not None
     require(named, argument="audit.model", value=audit.model, remedy="name the experiment whose model is audited")
-    for name in ("privacy", "start_from", "encryption"):
+    for name in ("privacy", "start_from", "encryption", "updates", "personal"):
         value = getattr(experiment, name)
         require(value is None, argument=name, value=value, remedy="leave it out of an audit: nothing is trained")
+
+
+def _require_remedies(experiment: ExperimentConfig) -> None:
+    """What the switches of :mod:`custom.federation_config` ask of each other and of the rest."""
+    federation, masks, training = experiment.federation, experiment.secure_aggregation, experiment.training
+    updates, personal, robust = experiment.updates, experiment.personal, federation.robust
+    few_bits = updates is not None and updates.bits is not None
+    if experiment.privacy is not None:
+        said = "leave it out with privacy: what leaves a site is what its plan noised and charged"
+        for name, value in (
+            ("training.proximal", training.proximal or None),
+            ("training.local_epochs", training.local_epochs),
+            ("federation.control_variates", federation.control_variates or None),
+            ("updates", updates),
+            ("personal.parts", personal and personal.parts),
+            ("personal.below_timestep", personal and personal.below_timestep),
+            ("federation.robust.clip_norm", robust and robust.clip_norm),
+        ):
+            require(value is None, argument=name, value=value, remedy=said)
+        if experiment.privacy.dp == "central_secagg":
+            said = "leave it out with central_secagg: each round is a step of the server's own optimizer"
+            require(robust is None, argument="federation.robust", value=robust, remedy=said)
+            server = federation.server_optimizer
+            require(server is None, argument="federation.server_optimizer", value=server, remedy=said)
+    if experiment.encryption is not None:
+        said = "leave it out with encryption: the server adds ciphertexts of one layout and sees none"
+        for name, value in (("federation.robust", robust), ("updates", updates)):
+            require(value is None, argument=name, value=value, remedy=said)
+        variates = federation.control_variates
+        require(not variates, argument="federation.control_variates", value=variates, remedy=said)
+    groups, said = None if robust is None else robust.groups, "leave it out without secure_aggregation"
+    require(masks is not None or groups is None, argument="federation.robust.groups", value=groups, remedy=said)
+    if masks is not None and robust is not None:
+        said = "missing; give it under secure_aggregation: a rule sees groups' sums only"
+        blind = robust.rule != "mean" or robust.reference
+        require(not blind or groups is not None, argument="federation.robust.groups", value=groups, remedy=said)
+        least, each = federation.min_responses, max(2, masks.min_survivors) * (groups or 0)
+        said = f"give at least {each}: each of {groups} groups needs {max(2, masks.min_survivors)} survivors"
+        require(least >= each, argument="federation.min_responses", value=least, remedy=said)
+    ring = 32 if masks is None else masks.ring_bits
+    said = "give 16 or 32: a ring of 8 bits holds whole numbers of updates.bits = 4 only"
+    fits = ring != 8 or (updates is not None and updates.bits == 4)
+    require(fits, argument="secure_aggregation.ring_bits", value=ring, remedy=said)
+    if few_bits:
+        said, weighting = 'give "uniform": whole numbers of few bits are summed as they are', federation.weighting
+        require(masks is None or weighting == "uniform", argument="federation.weighting", value=weighting, remedy=said)
+        said, variates = "leave it out with updates.bits: drift is too fine for few bits", federation.control_variates
+        require(not variates, argument="federation.control_variates", value=variates, remedy=said)
+    if training.local_epochs is not None:
+        said = "leave it out with updates.bits under secure_aggregation: no loss is sent there"
+        require(masks is None or not few_bits, argument="training.local_epochs", value="auto", remedy=said)
+        said, first = "leave it out with autoencoder.rounds", experiment.autoencoder and experiment.autoencoder.rounds
+        require(not first, argument="training.local_epochs", value="auto", remedy=said)
+    if personal is not None:
+        rounds, first = federation.rounds, experiment.autoencoder.rounds if experiment.autoencoder else 0
+        said = f"give fewer than the denoiser's {rounds - first} rounds, or leave parts and below_timestep out"
+        shared = personal.shared_rounds
+        valid = not personal.split or shared < rounds - first
+        require(valid, argument="personal.shared_rounds", value=shared, remedy=said)
+        below, last = personal.below_timestep, experiment.schedule.timesteps
+        said = f"give less than schedule.timesteps = {last}"
+        require(below is None or below < last, argument="personal.below_timestep", value=below, remedy=said)
+    if experiment.autoencoder is not None and experiment.autoencoder.training is not None:
+        value, said = experiment.autoencoder.training.local_epochs, "leave it out: only the denoiser's rounds have it"
+        require(value is None, argument="autoencoder.training.local_epochs", value=value, remedy=said)
 
 
 def _require_encryptable(experiment: ExperimentConfig) -> None:

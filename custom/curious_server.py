@@ -145,13 +145,13 @@ def _rounds(
                 local = train_round(
                     cohort=cohort,
                     weights=weights,
-                    optimizer_state=states[site],
+                    state=states[site],
                     config=experiment,
                     site=site,
                     round_number=number,
                     device=device,
                 )
-                updates[site], states[site] = local.difference, local.optimizer
+                updates[site], states[site] = local.difference, local.state
             else:
                 private = train_private_round(
                     cohort=cohort,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
-from custom.stages import stage_shapes, stages
+from custom.round_parts import every_update
 from privacy.policy import RULES
 
 WEIGHT = "weight"
@@ -41,6 +41,8 @@ METRIC_BOUNDS: Mapping[str, float] = {
     "effnet_kid": 100.0,
     "effnet_kid_baseline": 100.0,
     "effnet_kid_untrained": 100.0,
+    "personal_held_out_loss": 100.0,
+    "local_held_out_loss": 100.0,
     "seconds": 1e6,
 }
 
@@ -48,16 +50,22 @@ UPDATE_METRICS = frozenset({"train_loss", "held_out_loss", "seconds"})
 EVALUATION_METRICS = frozenset(
     {"held_out_loss", "effnet_kid", "effnet_kid_untrained", "effnet_kid_baseline", "seconds"}
 )
+# Beside them from a job with personal models.
+PERSONAL_METRICS = frozenset({"personal_held_out_loss", "local_held_out_loss"})
 
 
 def update_metrics(config: ExperimentConfig) -> frozenset[str]:
-    """Names of the metrics that must stand beside every update."""
-    return UPDATE_METRICS if config.privacy is None else frozenset()
+    """Names of the metrics that must stand beside every update; a ring for a few bits has no room for them."""
+    few_bits = config.updates is not None and config.updates.bits is not None
+    silent = config.privacy is not None or (few_bits and config.secure_aggregation is not None)
+    return frozenset() if silent else UPDATE_METRICS
 
 
 def evaluation_metrics(config: ExperimentConfig) -> frozenset[str]:
     """Names of the metrics that may answer an evaluation."""
-    return EVALUATION_METRICS if config.privacy is None else frozenset()
+    if config.privacy is not None:
+        return frozenset()
+    return EVALUATION_METRICS | (PERSONAL_METRICS if config.personal is not None else frozenset())
 
 
 def statistics_that_leave(config: ExperimentConfig) -> frozenset[str]:
@@ -76,9 +84,9 @@ def mean_image_shape(config: ExperimentConfig) -> Shapes | None:
 
 
 def released_shapes(config: ExperimentConfig) -> tuple[Shapes, ...]:
-    """Names and shapes of every set of arrays that may leave: the mean image before training, each stage's update."""
+    """Names and shapes of every set of arrays that may leave: the mean image before training, each round's update."""
     image = mean_image_shape(config)
-    return (*([] if image is None else [image]), *(stage_shapes(config, stage) for stage in stages(config)))
+    return (*([] if image is None else [image]), *every_update(config).values())
 
 
 class EgressRefused(Exception):
@@ -120,20 +128,20 @@ def check_meta(meta: Mapping[str, Any], *, config: ExperimentConfig, encrypted: 
         raise EgressRefused(f"metrics: must be all of {sorted(wanted)}")
 
 
-def check_masked(vector: Any, *, sizes: Collection[int], ring_bits: int) -> None:
+def check_masked(vector: Any, *, forms: Collection[tuple[int, int]]) -> None:
     """Let a masked vector pass, or raise: that it is masked, nobody but its sender can tell.
 
     Args:
         vector: what would leave.
-        sizes: coordinates that vectors of the experiment have.
-        ring_bits: of the ring.
+        forms: coordinates and bits of the ring of the experiment's vectors.
 
     Raises:
-        EgressRefused: anything but one flat array of that many unsigned integers of the ring.
+        EgressRefused: anything but one flat array of that many unsigned integers of that ring.
     """
-    integers = type(vector) is np.ndarray and vector.dtype == np.dtype(f"uint{ring_bits}")
-    if not integers or vector.ndim != 1 or vector.size not in sizes:
-        raise EgressRefused(f"masked vector: must be {sorted(sizes)} unsigned integers of {ring_bits} bits")
+    flat = type(vector) is np.ndarray and vector.ndim == 1
+    if not flat or all(vector.size != size or vector.dtype != np.dtype(f"uint{bits}") for size, bits in forms):
+        said = ", ".join(f"{size} of {bits} bits" for size, bits in sorted(forms))
+        raise EgressRefused(f"masked vector: must be unsigned integers of the ring, {said}")
 
 
 def check_arrays(arrays: Mapping[str, Any], *, shapes: Shapes, max_norm: float) -> None:

@@ -264,6 +264,29 @@ def compare(
         )
 
 
+def effnet_features(images: Images) -> torch.Tensor:
+    """EfficientNet-Lite0's pooled features of slices in [-1, 1]: float64 [N, 1280].
+
+    Raises:
+        ValueError: impossible images.
+    """
+    return _features(_effnet(), images)[EFFNET_LAYER]
+
+
+def precision_recall(generated: torch.Tensor, real: torch.Tensor, *, neighbours: int) -> tuple[float, float]:
+    """Precision and recall as in :class:`Distances`, from features float64 [N, d] and [M, d].
+
+    Args:
+        generated: more than ``neighbours``.
+        real: more than ``neighbours``.
+        neighbours: k, see :func:`prc_neighbours`.
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    prc = prc_features_to_metric(generated, real, prc_neighborhood=neighbours, verbose=False)
+    return prc[KEY_METRIC_PRECISION], prc[KEY_METRIC_RECALL]
+
+
 def extractors(inception_weights: Path | None) -> dict[str, torch.nn.Module]:
     """The networks that give features, by the name of the space.
 
@@ -472,6 +495,12 @@ def _extractor(name: str, layer: str, inception_weights: Path | None) -> torch.n
     return extractor
 
 
+@functools.cache
+def _effnet() -> torch.nn.Module:
+    """The network of :func:`effnet_features`, read once a process."""
+    return _extractor(EFFNET, EFFNET_LAYER, None)
+
+
 def _features(extractor: torch.nn.Module, images: Images) -> dict[str, torch.Tensor]:
     """Features float64 [N, d] by layer."""
     import torch
@@ -502,7 +531,6 @@ def _distances(
     seed: int,
 ) -> Distances:
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_featuresdict_to_metric
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_featuresdict_to_metric
 
     kid = kid_featuresdict_to_metric(
         features,
@@ -513,13 +541,13 @@ def _distances(
         rng_seed=seed,
         verbose=False,
     )
-    prc = prc_featuresdict_to_metric(features, reference, layer, prc_neighborhood=prc_neighbours, verbose=False)
+    precision, recall = precision_recall(features[layer], reference[layer], neighbours=prc_neighbours)
     return Distances(
         fd=frechet_distance(features[layer], reference[layer]),
         kid_mean=kid[KEY_METRIC_KID_MEAN],
         kid_std=kid[KEY_METRIC_KID_STD],
-        precision=prc[KEY_METRIC_PRECISION],
-        recall=prc[KEY_METRIC_RECALL],
+        precision=precision,
+        recall=recall,
     )
 
 

@@ -13,10 +13,14 @@ from custom import tasks
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
 from custom.egress import METRIC_BOUNDS, evaluation_metrics, mean_image_shape, update_metrics
-from custom.stages import Stage, stage_of, stage_shapes, stages
+from custom.round_parts import every_update, update_shapes
+from custom.stages import Stage, stage_of, stage_shapes
+from custom.update_form import few_bits
 from privacy.errors import InvalidPlan
 from privacy.plan import GRID_UNITS_PER_CLIP_NORM
-from privacy.secagg.encoding import Block, Encoding, IntegerEncoding
+from privacy.secagg.encoding import Block, Encoding, IntegerEncoding, QuantisedEncoding, RingBits
+
+Schema = Encoding | IntegerEncoding | QuantisedEncoding
 
 # A metric is summed as value × weight beside weight, so that a site may lack it.
 _METRIC, _PRESENT = "metric {}", "metric {} is there"
@@ -59,9 +63,19 @@ def audit_encoding(experiment: ExperimentConfig, task: str) -> IntegerEncoding |
 
 
 def session_encoding(
-    experiment: ExperimentConfig, task: str, round_number: int, *, parties: int
-) -> Encoding | IntegerEncoding:
-    """The schema of what the sites sum in a task of a round, for a roster of so many sites.
+    experiment: ExperimentConfig,
+    task: str,
+    round_number: int,
+    *,
+    parties: int,
+    bounds: NDArray[np.float32] | None = None,
+) -> Schema:
+    """The schema of what the sites sum in a task of a round.
+
+    Args:
+        experiment, task, round_number: of which.
+        parties: on the roster.
+        bounds: the task's, with an update of few bits; None where only the size is asked for.
 
     Raises:
         InvalidPlan: a task that sums nothing, or too many parties for the ring.
@@ -72,6 +86,8 @@ def session_encoding(
     asked = experiment.secure_aggregation
     assert asked is not None  # noqa: S101 - whoever calls this runs a job that has the block
     shapes, metrics = _content(experiment, task, round_number)
+    if task == tasks.TRAIN and experiment.updates is not None and experiment.updates.bits is not None:
+        return few_bits(shapes, experiment, bounds, parties=parties)
     bound = _mean_image_bound(experiment) if task == tasks.RELEASE else asked.update_bound
     blocks = [Block(name=name, shape=shape, bound=bound) for name, shape in sorted(shapes.items())]
     for name in sorted(metrics):
@@ -82,18 +98,28 @@ def session_encoding(
         blocks=tuple(blocks),
         parties=parties,
         max_weight=asked.max_weight if weighted else 1.0,
-        ring_bits=asked.ring_bits,
+        ring_bits=session_ring(experiment, task),
     )
 
 
-def vector_sizes(experiment: ExperimentConfig) -> frozenset[int]:
-    """Coordinates of every vector that the experiment sums."""
-    summed = [(tasks.TRAIN, stage.first) for stage in stages(experiment)] + [(tasks.EVALUATE, 0)]
+def session_ring(experiment: ExperimentConfig, task: str) -> RingBits:
+    """Bits of the ring of a task's sum: in a job with few bits figures still have a ring that holds them."""
+    asked = experiment.secure_aggregation
+    assert asked is not None  # noqa: S101 - whoever calls this runs a job that has the block
+    few = experiment.updates is not None and experiment.updates.bits is not None
+    return 32 if few and task != tasks.TRAIN else asked.ring_bits
+
+
+def vector_forms(experiment: ExperimentConfig) -> frozenset[tuple[int, RingBits]]:
+    """Coordinates and bits of every vector that the experiment sums."""
+    summed = [(tasks.TRAIN, number) for number in every_update(experiment)] + [(tasks.EVALUATE, 0)]
     if mean_image_shape(experiment) is not None:
         summed.append((tasks.RELEASE, 0))
     if experiment.audit is not None:
         summed = [(task, 0) for task in (tasks.AUDIT_RANGE, tasks.AUDIT_TUNE, tasks.AUDIT_REPORT, tasks.AUDIT_COPIES)]
-    return frozenset(session_encoding(experiment, *each, parties=2).size for each in summed)
+    return frozenset(
+        (session_encoding(experiment, *each, parties=2).size, session_ring(experiment, each[0])) for each in summed
+    )
 
 
 def values_of(
@@ -138,7 +164,7 @@ def _mean_image_bound(experiment: ExperimentConfig) -> float:
 def _content(experiment: ExperimentConfig, task: str, round_number: int) -> tuple[Shapes, frozenset[str]]:
     image = mean_image_shape(experiment)
     if task == tasks.TRAIN:
-        return stage_shapes(experiment, stage_of(experiment, round_number)), update_metrics(experiment)
+        return update_shapes(experiment, round_number), update_metrics(experiment)
     if task == tasks.EVALUATE:
         return {}, evaluation_metrics(experiment)
     if task == tasks.RELEASE and image is not None:

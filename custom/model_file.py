@@ -15,6 +15,7 @@ from custom.atomic import write_atomically
 from custom.config import ExperimentConfig
 from custom.diffusion.autoencoder import Autoencoder
 from custom.diffusion.schedule import Schedule, build_schedule
+from custom.round_parts import personal_shapes
 from custom.stages import fresh_weights, model_autoencoder, model_denoiser, model_shapes
 from custom.strict import ConfigError
 
@@ -32,7 +33,7 @@ class ModelFile:
         weights: of the global model, float32, by name.
         ema: their exponential moving average by name; what samples are drawn from. In a finished model the only
             weights there are, so ``weights`` equals it.
-        optimizer: the server's own, where it makes the steps; in checkpoints only.
+        optimizer: moments of the server's own, where it makes steps, and SCAFFOLD's variates; in checkpoints only.
     """
 
     experiment: ExperimentConfig
@@ -92,7 +93,10 @@ def load_model(file: Path) -> ModelFile:
     )
     prefixes = (EMA_PREFIX, OPTIMIZER_PREFIX)
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
-    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != model_shapes(experiment):
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} not in (
+        model_shapes(experiment),
+        personal_shapes(experiment),
+    ):
         raise ConfigError(f"model = {file}: its tensors are not those of its own experiment; fetch it again")
     return ModelFile(
         experiment=experiment,

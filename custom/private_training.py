@@ -24,7 +24,7 @@ from custom.diffusion.objective import Objective
 from custom.privacy_config import MeanImageConfig
 from custom.stages import stage_objective, stage_of
 from custom.strict import require
-from custom.training import TrainingDiverged, differences, learning_rate, restore_optimizer, stored_optimizer
+from custom.training import TrainingDiverged, differences, named_tensors, restore_optimizer, stored_optimizer
 from medical_data.cohort import Cohort
 from privacy.accounting import SampledGaussian
 from privacy.dpsgd import PatientSGD, noisy_clipped_sum, release_share
@@ -106,11 +106,11 @@ def train_private_round(
     draw = PatientDraws(cohort, plan, objective, torch.Generator().manual_seed(seed), device)
     for step in range(plan.config.steps_per_round):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, round_number, step)
+            group["lr"] = stage.learning_rate(stage.planned(round_number).first + step)
         sgd.step(draw)
         if progress is not None:
             progress(step + 1)
-    difference = differences(network, stage, weights)
+    difference = differences(named_tensors(network, stage), weights)
     if not all(bool(tensor.isfinite().all()) for tensor in difference.values()):
         raise TrainingDiverged("weights = not finite: lower training.learning_rate")
     (event,) = sgd.events

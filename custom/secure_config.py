@@ -18,7 +18,8 @@ class SecureAggregationConfig:
         max_weight: public bound on a site's aggregation weight; a site with more patients weighs no more.
         min_survivors: sites without which nothing is decoded.
         colluding_sites: how many sites may work for the server.
-        ring_bits: 32, or 16 for up to ten sites: half the bytes, 65534/n levels.
+        ring_bits: 32, or 16 for up to ten sites: half the bytes, 65534/n levels. 8: for updates.bits = 4 and up to 18
+            sites; with updates.bits = 8, 16 holds up to 258.
         stage_timeout_s: seconds that a site has for each stage of the protocol beside its work.
     """
 

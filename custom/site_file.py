@@ -13,8 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from custom.strict import ConfigError, build, require
-from medical_data.cohort import DataLimits, EmbeddedSource, FolderSource
+from medical_data.cohort import DataLimits, EmbeddedSource, FolderSource, prepare_cohort
+from medical_data.preprocess import PreprocessConfig
 from privacy.audit.policy import AuditPolicy
 from privacy.policy import PrivacyPolicy
 
@@ -94,13 +98,26 @@ class ServerConfig:
         runs: folder in which every run leaves model, pictures, metrics and receipt.
         kit: folder with the federation's root certificate; NVFlare's ``startup/`` by default.
         models: folder with ``<name>.safetensors`` of models that a job may start from (``fedct pretrain``).
+        reference: public images on which updates are judged in a job with ``federation.robust.reference``; a folder of
+            scans, or the embedded cohort.
+        home: folder for what is prepared of them.
         hardware: what it draws samples on.
     """
 
     runs: Path
     kit: Path
     models: Path = Path("models")
+    home: Path = Path("reference")
+    reference: FolderSource | EmbeddedSource | None = None
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def reference_images(self, preprocess: PreprocessConfig) -> NDArray[np.float32]:
+        """All images of the public reference, float32 [N, 1, *spatial]; raises ``ConfigError`` if there is none."""
+        source, remedy = self.reference, "missing; name public scans in the server's table of the site file"
+        require(source is not None, argument="server.reference", value=None, remedy=remedy)
+        assert source is not None  # noqa: S101 - checked above
+        limits = DataLimits()
+        return prepare_cohort(source=source, preprocess=preprocess, limits=limits, home=self.home).images
 
 
 def site_config(name: str, *, workspace_root: Path) -> SiteConfig:
@@ -129,8 +146,11 @@ def server_config(*, workspace_root: Path) -> ServerConfig:
     tables, base = _read(workspace_root)
     require("server" in tables, argument="server", value=None, remedy="add a table [server] to the site file")
     startup = str(workspace_root.resolve() / "startup")
-    server = build(ServerConfig, {"kit": startup, **tables["server"]}, "server")
-    return replace(server, runs=base / server.runs, models=base / server.models, kit=base / server.kit)
+    table = dict(tables["server"])
+    reference = _source(table.pop("reference"), "server.reference", base) if "reference" in table else None
+    server = build(ServerConfig, {"kit": startup, **table}, "server")
+    folders = {name: base / getattr(server, name) for name in ("runs", "models", "kit", "home")}
+    return replace(server, reference=reference, **folders)
 
 
 def simulated_kits(workspace: Path) -> tuple[Path, dict[str, Path]]:
@@ -172,22 +192,9 @@ def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> 
         require(
             key in table, argument=f"{name}.{key}", value=None, remedy="missing; give it (README, 'Your own scans')"
         )
-    data = table["data"]
-    source: FolderSource | EmbeddedSource
-    if "embedded" in data:
-        require(
-            set(data) == {"embedded"},
-            argument=f"{name}.data",
-            value=sorted(data),
-            remedy="give folder or embedded",
-        )
-        source = build(EmbeddedSource, data["embedded"], f"{name}.data.embedded")
-    else:
-        source = build(FolderSource, data, f"{name}.data")
-        source = replace(source, folder=base / source.folder)
     return SiteConfig(
         home=base / table["home"],
-        source=source,
+        source=_source(table["data"], f"{name}.data", base),
         policy=build(PrivacyPolicy, table["policy"], f"{name}.policy"),
         kit=base / table["kit"] if "kit" in table else startup,
         limits=build(DataLimits, table.get("limits", {}), f"{name}.limits"),
@@ -195,6 +202,14 @@ def _site(table: Mapping[str, Any], name: str, base: Path, *, startup: Path) -> 
         audit=build(AuditPolicy, table.get("audit", {}), f"{name}.audit"),
         jobs=_names(table["jobs"], f"{name}.jobs") if "jobs" in table else None,
     )
+
+
+def _source(data: Any, name: str, base: Path) -> FolderSource | EmbeddedSource:
+    if "embedded" not in data:
+        source = build(FolderSource, data, name)
+        return replace(source, folder=base / source.folder)
+    require(set(data) == {"embedded"}, argument=name, value=sorted(data), remedy="give folder or embedded")
+    return build(EmbeddedSource, data["embedded"], f"{name}.embedded")
 
 
 def _names(value: Any, argument: str) -> tuple[str, ...]:

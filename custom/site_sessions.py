@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from custom.atomic import write_atomically
 from custom.config import ExperimentConfig
 from custom.device import fast_cipher
-from custom.masked_vector import session_encoding, values_of
+from custom.masked_vector import Schema, session_encoding, session_ring, values_of
 from custom.site_file import SiteConfig
 from custom.strict import require
 from medical_data.cache import locked
 from privacy.secagg.client import Client, Stage
-from privacy.secagg.encoding import Encoding, IntegerEncoding, Vector
+from privacy.secagg.encoding import IntegerEncoding, QuantisedEncoding, Vector
 from privacy.secagg.errors import EncodingRefused, ProtocolViolation
 from privacy.secagg.identity import Identity, Root
 from privacy.secagg.messages import Advert, Revealed, Roster, Sealed, Session, Signed, Survivors
@@ -124,7 +124,7 @@ class SiteSessions:
             session=session,
             rules=asked.rules,
             floor=self.floor,
-            ring_bits=asked.ring_bits,
+            ring_bits=session_ring(self.experiment, session.task),
             cipher=fast_cipher(),
         )
         self._save(client)
@@ -208,11 +208,25 @@ class Masking:
     sites: int
     masks: Vector
 
-    def values(self, arrays: Mapping[str, NDArray[Any]], metrics: Mapping[str, float], weight: float) -> Vector:
-        """The masked vector of real numbers, once; raises as :meth:`Encoding.encode` and :meth:`Client.mask`."""
-        schema = self._schema()
+    def values(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        metrics: Mapping[str, float],
+        weight: float,
+        bounds: NDArray[np.float32] | None = None,
+    ) -> Vector:
+        """The masked vector of real numbers, once; raises as :meth:`Encoding.encode` and :meth:`Client.mask`.
+
+        Args:
+            arrays, metrics, weight: of the reply.
+            bounds: the task's, with an update of few bits, which weighs 1 and has no metrics.
+        """
+        schema = self._schema(bounds)
         if isinstance(schema, IntegerEncoding):
             raise EncodingRefused(argument="values", value="no noise", remedy="this job's vectors carry shared noise")
+        if isinstance(schema, QuantisedEncoding):
+            vector = schema.encode(schema.integers(arrays))
+            return self.sessions.masked(self.session, self.masks, lambda masks: np.add(masks, vector, out=masks))
         values = values_of(schema, arrays, metrics)
         add = partial(schema.encode, values, weight=weight)
         return self.sessions.masked(self.session, self.masks, lambda masks: add(onto=masks))
@@ -220,11 +234,11 @@ class Masking:
     def integers(self, integers: NDArray[np.int64]) -> Vector:
         """The masked vector of integers that carry noise, once; raises as :meth:`IntegerEncoding.encode`."""
         schema = self._schema()
-        if isinstance(schema, Encoding):
+        if not isinstance(schema, IntegerEncoding):
             raise EncodingRefused(argument="integers", value="noise", remedy="this job's vectors carry none of it")
         vector = schema.encode(integers)
         return self.sessions.masked(self.session, self.masks, lambda masks: np.add(masks, vector, out=masks))
 
-    def _schema(self) -> Encoding | IntegerEncoding:
-        session = self.session
-        return session_encoding(self.sessions.experiment, session.task, session.round_number, parties=self.sites)
+    def _schema(self, bounds: NDArray[np.float32] | None = None) -> Schema:
+        session, experiment = self.session, self.sessions.experiment
+        return session_encoding(experiment, session.task, session.round_number, parties=self.sites, bounds=bounds)

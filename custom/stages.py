@@ -6,6 +6,7 @@ decides only which of the model's tensors are trained and leave.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +20,24 @@ from custom.diffusion.autoencoder import Autoencoder, build_autoencoder
 from custom.diffusion.networks import Shapes, build_network
 from custom.diffusion.objective import Objective, denoising, reconstructing
 from custom.diffusion.schedule import build_schedule
+from custom.diffusion.split_denoiser import LOW_NOISE, SplitDenoiser
 
 PREFIX = "autoencoder."  # of its tensors' names in a model and in messages; the denoiser's have none
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Gradient steps of one round at one site.
+
+    Attributes:
+        first: number of the first one in its stage.
+        steps: how many.
+    """
+
+    first: int
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +65,20 @@ class Stage:
     def total_steps(self) -> int:
         """Gradient steps that one site makes over all rounds of the stage."""
         return self.rounds * self.training.steps_per_round
+
+    def planned(self, round_number: int) -> Span:
+        """The steps of a round where every round has one local epoch."""
+        steps = self.training.steps_per_round
+        return Span(first=(round_number - self.first) * steps, steps=steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero over the stage (arXiv:1608.03983, eq. 5 without restarts).
+
+        Args:
+            step: of the stage, from 0.
+        """
+        warm_up = min(1.0, (step + 1) / (self.training.warmup_steps + 1))
+        return self.training.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
 
     def needed(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Those of a model's tensors that a site needs, by their names: a denoiser's rounds also encode images."""
@@ -114,10 +143,17 @@ def stage_objective(
 
 
 def model_denoiser(experiment: ExperimentConfig, weights: Mapping[str, Tensor]) -> torch.nn.Module:
-    """The denoiser of a model."""
+    """The denoiser of a model; of a site's own model with a denoiser for low noise, both as one."""
+    tensors = part(weights, "denoiser")
+    low = {name.removeprefix(LOW_NOISE): t for name, t in tensors.items() if name.startswith(LOW_NOISE)}
     network = _denoiser(experiment)
-    network.load_state_dict(part(weights, "denoiser"))
-    return network
+    network.load_state_dict({name: t for name, t in tensors.items() if not name.startswith(LOW_NOISE)})
+    personal = experiment.personal
+    if not low or personal is None or personal.below_timestep is None:
+        return network
+    low_noise = _denoiser(experiment)
+    low_noise.load_state_dict(low)
+    return SplitDenoiser(low_noise=low_noise, high_noise=network, below=personal.below_timestep)
 
 
 def model_autoencoder(experiment: ExperimentConfig, weights: Mapping[str, Tensor]) -> Autoencoder:

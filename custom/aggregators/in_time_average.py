@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
 from custom.egress import WEIGHT, EgressRefused, check_update
+from custom.update_form import read
 
 
 class InTimeAverage:
@@ -51,6 +52,7 @@ class InTimeAverage:
                     raise EgressRefused("a second reply in one round")
                 if not isinstance(arrays, Mapping):
                     raise EgressRefused("no weight difference in it")
+                arrays = read(arrays, shapes=self._shapes, config=self._config)
                 check_update(arrays, meta, shapes=self._shapes, config=self._config)
             except EgressRefused as error:
                 self.refused[site] = str(error)

@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             update = train_round(
                 cohort=seen,
                 weights=model.weights,
-                optimizer_state={},
+                state={},
                 config=config,
                 site="public",
                 round_number=number,
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _public(job: ExperimentConfig, steps: int, *, given: bool) -> ExperimentConfig:
     """The job without its sites: a round a network, without differential privacy."""
-    from custom.config import FederationConfig
+    from custom.federation_config import FederationConfig
 
     autoencoder = job.autoencoder
     if autoencoder is not None and given:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +18,8 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 
 from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
+from custom.aggregators.robust_average import RobustAverage
+from custom.client_sampling import drawn_sites
 from custom.codec import (
     Arrays,
     TaskHeader,
@@ -27,6 +28,7 @@ from custom.codec import (
     results_folder,
     task_model,
     to_numpy,
+    to_torch,
     workspace_root,
 )
 from custom.config import ExperimentConfig
@@ -37,13 +39,17 @@ from custom.diffusion.schedule import build_schedule
 from custom.drawing import draw
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.job_plan import privacy_plan
+from custom.latents import encoded
+from custom.local_epochs import next_span
 from custom.model_file import ModelFile, initial_model, save_model
 from custom.named_models import frozen_autoencoder, start_weights
 from custom.pictures import grey_levels, sample_grid, viewable
+from custom.reference_check import ReferenceCheck
+from custom.round_parts import round_parts, update_shapes
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
-from custom.server_step import moved
+from custom.server_step import moved, server_variates
 from custom.site_file import ServerConfig, server_config
-from custom.stages import stage_of, stage_shapes
+from custom.stages import Span, model_autoencoder, stage_of
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
 
@@ -103,6 +109,9 @@ class DiffusionFedAvg(FedAvg):
         server = server_config(workspace_root=workspace_root(self.fl_ctx))
         self._check(experiment, server)
         self._device = use(server.hardware)
+        robust = experiment.federation.robust
+        if robust is not None and robust.reference:
+            self._reference = server.reference_images(experiment.preprocess)
         if self._resume_run:
             folder = resumed(server.runs, self._resume_run, experiment)
         else:
@@ -161,12 +170,15 @@ class DiffusionFedAvg(FedAvg):
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
             stage = stage_of(experiment, round_number)
+            span = next_span(stage, round_number, folder.records())
+            if not span.steps:
+                break
             asked = self._invited(experiment, round_number)
             self.info(
                 f"round {round_number + 1}/{experiment.federation.rounds} ({stage.name}): asking {', '.join(asked)}"
             )
-            header = _header(experiment, folder, round_number)
-            arrays, shapes = to_numpy(stage.needed(model.weights)), stage_shapes(experiment, stage)
+            header = _header(experiment, folder, round_number, span)
+            arrays, shapes = self._task_arrays(model, span), update_shapes(experiment, round_number)
             try:
                 average = self._ask(tasks.TRAIN, arrays, header, asked, shapes, experiment)
             except BudgetSpent as error:
@@ -174,7 +186,7 @@ class DiffusionFedAvg(FedAvg):
                     raise
                 self.info(f"ending with the model of {round_number} rounds: {error}")
                 return model, str(error)
-            model = self._moved(model, average)
+            model = self._moved(model, average, span)
             record = RoundRecord(
                 round_number=round_number,
                 asked=asked,
@@ -183,6 +195,7 @@ class DiffusionFedAvg(FedAvg):
                 silent=sorted(set(asked) - set(average.accepted) - set(average.refused)),
                 seconds=time.monotonic() - start,
                 mean=average.metrics,
+                steps=span.steps,
             )
             folder.record(record)  # before the checkpoint: a crash between them repeats the round and its record
             folder.save_round(model)
@@ -195,9 +208,16 @@ class DiffusionFedAvg(FedAvg):
                 _grid(images, file, experiment, _after(round_number + 1))
         return model, None
 
-    def _moved(self, model: ModelFile, average: Average) -> ModelFile:
+    def _task_arrays(self, model: ModelFile, span: Span) -> dict[str, NDArray[np.float32]]:
+        """What the sites need for a round of the model."""
+        names = round_parts(model.experiment, model.rounds_done).shared
+        needed = stage_of(model.experiment, model.rounds_done).needed(model.weights)
+        return to_numpy({**needed, **server_variates(model, names)})
+
+    def _moved(self, model: ModelFile, average: Average, span: Span) -> ModelFile:
         """The model after a round."""
-        return moved(model, average.mean())
+        present = len(average.accepted) / max(len(self.engine.get_clients()), len(average.accepted))
+        return moved(model, average.mean(), span=span, present=present)
 
     def _invited(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
         """Who is asked in a round: drawn, connected, and not left out for having been silent."""
@@ -218,9 +238,26 @@ class DiffusionFedAvg(FedAvg):
         Raises:
             RoundVoid: too few acceptable ones until all have answered or the time is up.
         """
-        average = InTimeAverage(shapes, experiment)
+        average: Collector = InTimeAverage(shapes, experiment)
+        robust = experiment.federation.robust
+        if robust is not None and task == tasks.TRAIN:
+            average = RobustAverage(shapes, experiment, robust, self._judge(arrays, header, experiment))
         self._collect(average, task, arrays, header, asked, experiment)
         return average
+
+    def _judge(self, arrays: Arrays, header: TaskHeader, experiment: ExperimentConfig) -> ReferenceCheck | None:
+        """What drops updates that harm the model on the server's own images, if the job asks for it."""
+        robust = experiment.federation.robust
+        if robust is None or not robust.reference:
+            return None
+        weights, stage = to_torch(arrays), stage_of(experiment, header.round_number)
+        images = self._reference
+        if experiment.autoencoder is not None and stage.name == "denoiser":
+            images = encoded(model_autoencoder(experiment, weights), images, self._device)
+        tolerance = robust.reference_tolerance
+        return ReferenceCheck.of_round(
+            images, weights=weights, experiment=experiment, stage=stage, device=self._device, tolerance=tolerance
+        )
 
     def _collect(
         self,
@@ -329,14 +366,6 @@ class DiffusionFedAvg(FedAvg):
         return mean, figures
 
 
-def drawn_sites(sites: list[str], experiment: ExperimentConfig, round_number: int) -> list[str]:
-    """Who takes part in a round, sorted: all sites, or a draw that (seed, round) determines."""
-    count = experiment.federation.clients_per_round
-    if count is None or count >= len(sites):
-        return sorted(sites)
-    return sorted(random.Random(f"{experiment.seed} {round_number}").sample(sorted(sites), count))  # noqa: S311
-
-
 def resumed(runs: Path, run_id: str, experiment: ExperimentConfig) -> RunFolder:
     """The folder of an earlier run, to be carried on. A job names a run, never a path on the server.
 
@@ -353,12 +382,14 @@ def resumed(runs: Path, run_id: str, experiment: ExperimentConfig) -> RunFolder:
     return folder
 
 
-def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) -> TaskHeader:
+def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int, span: Span | None = None) -> TaskHeader:
     return TaskHeader(
         run_id=folder.run_id,
         round_number=round_number,
         config_sha256=experiment.sha256,
         schedule_sha256=build_schedule(experiment.schedule).sha256,
+        first_step=0 if span is None else span.first,
+        steps=0 if span is None else span.steps,
     )
 
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from nvflare.app_common.abstract.fl_model import FLModel
+from torch import Tensor
 
 from custom import tasks
+from custom.client_sampling import grouped
 from custom.codec import (
     MASKED,
     Arrays,
@@ -32,13 +34,17 @@ from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import Average, BudgetSpent, DiffusionFedAvg, RoundVoid
 from custom.diffusion.networks import Shapes
 from custom.egress import BUDGET_SPENT, check_arrays
-from custom.masked_vector import session_encoding, shared_noise_encoding, split_means
+from custom.masked_vector import Schema, session_encoding, session_ring, shared_noise_encoding, split_means
 from custom.model_file import ModelFile
+from custom.robust import combined
+from custom.round_parts import update_shapes
 from custom.server_step import stepped
 from custom.site_file import ServerConfig
 from custom.site_sessions import kit_root
+from custom.stages import Span, stage_of
 from custom.strict import ConfigError, require
-from privacy.secagg.encoding import Encoding, IntegerEncoding
+from custom.update_form import BOUNDS, first_bounds, next_bounds
+from privacy.secagg.encoding import QuantisedEncoding
 from privacy.secagg.errors import SecAggError, TooFew
 from privacy.secagg.messages import Roster, Session
 from privacy.secagg.server import Server
@@ -77,7 +83,7 @@ class _Sum:
     """
 
     roster: Roster
-    encoding: Encoding | IntegerEncoding
+    encoding: Schema
 
     def __init__(self, server: Server, invited: Collection[str], experiment: ExperimentConfig) -> None:
         self.server, self.invited, self._experiment = server, sorted(invited), experiment
@@ -125,6 +131,43 @@ class SecureFedAvg(DiffusionFedAvg):
         shapes: Shapes,
         experiment: ExperimentConfig,
     ) -> MaskedAverage:
+        robust = experiment.federation.robust
+        if robust is None or robust.groups is None or task != tasks.TRAIN:
+            return self._summed_once(task, arrays, header, asked, shapes, experiment)
+        averages, failed = [], {}
+        groups = grouped(asked, robust.groups, seed=experiment.seed, round_number=header.round_number)
+        for group in groups:
+            try:
+                averages.append(self._summed_once(task, arrays, header, group, shapes, experiment))
+            except BudgetSpent:
+                raise
+            except RoundVoid as error:
+                self.info(f"no sum of the group {', '.join(group)}: {error}")
+                failed.update(dict.fromkeys(group, "its group gave no sum"))
+        if len(averages) < max(robust.fewest, 1):
+            remedy = f"federation.robust.rule needs {robust.fewest}; see those sites' logs"
+            raise RoundVoid(f"{task} in round {header.round_number + 1}: {len(averages)} groups gave a sum; {remedy}")
+        sizes = [float(len(average.accepted)) for average in averages]
+        metrics = {name for average in averages for name in average.metrics}
+        return MaskedAverage(
+            arrays=combined([average.arrays for average in averages], sizes, robust),
+            metrics={
+                name: float(np.mean([a.metrics[name] for a in averages if name in a.metrics])) for name in metrics
+            },
+            accepted={site: said for average in averages for site, said in average.accepted.items()},
+            refused=failed | {site: why for average in averages for site, why in average.refused.items()},
+        )
+
+    def _summed_once(
+        self,
+        task: str,
+        arrays: Arrays,
+        header: TaskHeader,
+        asked: list[str],
+        shapes: Shapes,
+        experiment: ExperimentConfig,
+    ) -> MaskedAverage:
+        """One sum over the sites that are asked; raises as :meth:`_ask`."""
         self._refused, self._lost = {}, set()
         for attempt in range(1, ATTEMPTS + 1):
             running, self._next = self._next, None
@@ -149,10 +192,23 @@ class SecureFedAvg(DiffusionFedAvg):
         """Refuse a mean that no acceptable updates have; raises ``EgressRefused``."""
         check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
 
-    def _moved(self, model: ModelFile, average: Average) -> ModelFile:
+    def _task_arrays(self, model: ModelFile, span: Span) -> dict[str, NDArray[np.float32]]:
+        arrays = super()._task_arrays(model, span)
+        if not _few_bits(model.experiment):
+            return arrays
+        stage = stage_of(model.experiment, model.rounds_done)
+        shapes = update_shapes(model.experiment, model.rounds_done)
+        bounds = first_bounds(shapes, stage, span) | _bounds(model)
+        return {**arrays, BOUNDS: np.array([float(bounds[name]) for name in sorted(shapes)], np.float32)}
+
+    def _moved(self, model: ModelFile, average: Average, span: Span) -> ModelFile:
         if shared_noise_encoding(model.experiment, tasks.TRAIN, model.rounds_done) is not None:
             return stepped(model, average.mean())
-        return super()._moved(model, average)
+        after = super()._moved(model, average, span)
+        if not _few_bits(model.experiment):
+            return after
+        bounds = {f"{BOUNDS}/{name}": bound for name, bound in (_bounds(model) | next_bounds(average.mean())).items()}
+        return replace(after, optimizer={**after.optimizer, **bounds})
 
     def _evaluated(
         self, arrays: Arrays, header: TaskHeader, sites: list[str], experiment: ExperimentConfig
@@ -187,7 +243,7 @@ class SecureFedAvg(DiffusionFedAvg):
         self._sent(session.task, data, shared, experiment.federation.round_timeout_s, masked)
         with self._lock:
             survivors = server.close()
-        least, count = experiment.federation.min_responses, len(survivors.survived)
+        least, count = _fewest(session.task, experiment), len(survivors.survived)
         if count < least:
             remedy = f"federation.min_responses = {least}; nothing is decoded"
             raise TooFew(argument="masked vectors", value=count, remedy=remedy)
@@ -221,7 +277,16 @@ class SecureFedAvg(DiffusionFedAvg):
         )
         parties = set() if following is None else set(following.roster.parties)
         self._stage(message, header, {*(one.party for one in signatures), *parties}, experiment, revealed)
-        means, weight = running.encoding.decode(server.unmask())
+        encoding = running.encoding
+        if isinstance(encoding, QuantisedEncoding):  # whose bounds were not known when the session was opened
+            encoding = session_encoding(
+                experiment,
+                session.task,
+                session.round_number,
+                parties=encoding.parties,
+                bounds=arrays.get(BOUNDS),
+            )
+        means, weight = encoding.decode(server.unmask())
         self._next = following
         found, metrics = self._split(means, weight)
         accepted: dict[str, dict[str, float]] = {site: {} for site in survivors.survived}
@@ -241,7 +306,8 @@ class SecureFedAvg(DiffusionFedAvg):
         self, task: str, header: TaskHeader, survived: Collection[str], experiment: ExperimentConfig
     ) -> _Sum | None:
         """The session after this one, to be opened with this one's own tasks; None after the last."""
-        if task == tasks.EVALUATE or experiment.audit is not None:
+        robust = experiment.federation.robust
+        if task == tasks.EVALUATE or experiment.audit is not None or (robust is not None and robust.groups is not None):
             return None
         number = 0 if task == tasks.RELEASE else header.round_number + 1
         if number < experiment.federation.rounds:
@@ -261,7 +327,8 @@ class SecureFedAvg(DiffusionFedAvg):
             round_number=round_number,
             nonce=secrets.token_hex(8),
         )
-        server = Server(session=session, rules=asked.rules, root=self._root, ring_bits=asked.ring_bits)
+        ring_bits = session_ring(experiment, task)
+        server = Server(session=session, rules=asked.rules, root=self._root, ring_bits=ring_bits)
         return _Sum(server, invited, experiment)
 
     def _with_roster(self, following: _Sum | None) -> _Sum | None:
@@ -310,3 +377,21 @@ class SecureFedAvg(DiffusionFedAvg):
             self.info(f"refused the reply of {site}: {error}")
             return False
         return True
+
+
+def _fewest(task: str, experiment: ExperimentConfig) -> int:
+    """Survivors without which a sum is not decoded."""
+    federation, asked = experiment.federation, experiment.secure_aggregation
+    if task != tasks.TRAIN or federation.robust is None or federation.robust.groups is None or asked is None:
+        return federation.min_responses
+    return max(2, asked.min_survivors)
+
+
+def _few_bits(experiment: ExperimentConfig) -> bool:
+    return experiment.updates is not None and experiment.updates.bits is not None
+
+
+def _bounds(model: ModelFile) -> dict[str, Tensor]:
+    """Bounds of a tensor's next update, from the last mean difference of it, by name."""
+    place = f"{BOUNDS}/"
+    return {key.removeprefix(place): bound for key, bound in model.optimizer.items() if key.startswith(place)}

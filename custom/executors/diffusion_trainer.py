@@ -54,6 +54,7 @@ from custom.egress import (
     evaluation_metrics,
     released_shapes,
     statistics_that_leave,
+    update_metrics,
 )
 from custom.evaluation import MIN_IMAGES, Evaluation, evaluate
 from custom.filters.egress_gate import checked, passed
@@ -63,7 +64,10 @@ from custom.he_packing import opened, packed_name
 from custom.job_plan import privacy_plan
 from custom.kept_release import KeptRelease, Request, charged_release, drop, keep
 from custom.latents import latent_cohort
+from custom.local_epochs import check_span
 from custom.masked_vector import shared_noise_encoding
+from custom.model_file import ModelFile, save_model
+from custom.personal import site_models
 from custom.pictures import real_and_generated, viewable
 from custom.privacy_config import MeanImageConfig
 from custom.private_training import (
@@ -77,9 +81,10 @@ from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
 from custom.site_sessions import Masking, SiteSessions
 from custom.site_state import SiteState
-from custom.stages import model_autoencoder, stage_objective, stage_of
+from custom.stages import Span, model_autoencoder, stage_objective, stage_of, stages
 from custom.strict import require
-from custom.training import held_out_loss, train_round
+from custom.training import as_section, held_out_loss, section, train_round
+from custom.update_form import BOUNDS, formed
 from custom.volume_evaluation import VolumeEvaluation, evaluate_volumes, fewest_volumes
 from medical_data.cohort import Cohort, prepare_cohort
 from privacy.accounting import MechanismEvent
@@ -331,7 +336,7 @@ def _masked_work(site: _Site, task: str, arrays: Arrays, header: TaskHeader, mes
     reply = _work(site, task, arrays, header)
     if reply.get_return_code() != ReturnCode.OK:
         return reply
-    return masked_reply(masking.values(*content_of(checked(reply, site.experiment))))
+    return masked_reply(masking.values(*content_of(checked(reply, site.experiment)), bounds=arrays.get(BOUNDS)))
 
 
 def _share(site: _Site, plan: DPPlan, task: str, arrays: Arrays, header: TaskHeader, sites: int) -> NDArray[np.int64]:
@@ -399,7 +404,7 @@ class _Progress:
 
     def __init__(self, site: _Site, header: TaskHeader) -> None:
         self._site = site
-        self._steps = stage_of(site.experiment, header.round_number).training.steps_per_round
+        self._steps = header.steps
         self.label = f"round {header.round_number + 1}/{site.experiment.federation.rounds}"
         self._last = time.monotonic()
 
@@ -414,27 +419,34 @@ class _Progress:
 
 def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
-    cohort, weights, stage = site.admitted(), to_torch(arrays), stage_of(experiment, round_number)
+    cohort, stage = site.admitted(), stage_of(experiment, round_number)
+    span = Span(first=header.first_step, steps=header.steps)
+    check_span(stage, round_number, span)
+    weights = to_torch({name: array for name, array in arrays.items() if name != BOUNDS})
     state = site.state(header)
+    kept = state.before(round_number, since=stage.first)
     update = train_round(
         cohort=site.denoised(cohort, weights, header),
         weights=weights,
-        optimizer_state=state.before(round_number, since=stage.first),
+        state=kept,
         config=experiment,
         site=site.name,
         round_number=round_number,
         device=site.device,
+        span=span,
         hardware=site.config.hardware,
         progress=progress,
     )
-    state.save(round_number, update.optimizer)
+    leaves = formed(update.difference, section(kept, "lost"), experiment, arrays.get(BOUNDS))
+    state.save(round_number, {**update.state, **as_section(leaves.lost, "lost")})
     patients = len(np.unique(cohort.patient[cohort.rows("train")]))
     site.say(
         f"{progress.label}: done, loss {update.metrics['train_loss']:.4f}, held-out loss of the global model "
         f"{update.metrics['held_out_loss']:.4f}, {update.metrics['seconds']:.0f} s"
     )
     weight = float(patients) if experiment.federation.weighting == "patients" else 1.0
-    return update_reply(update.difference, weight=weight, metrics=update.metrics)
+    said = {name: value for name, value in update.metrics.items() if name in update_metrics(experiment)}
+    return update_reply(to_torch(leaves.arrays), weight=weight, metrics=said)
 
 
 def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHeader) -> Shareable:
@@ -498,12 +510,38 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     denoised = site.denoised(cohort, weights, header)
     metrics = {"held_out_loss": held_out_loss(objective, denoised, site.device)}
     metrics |= _compare(site, cohort, arrays, header)
+    if experiment.personal is not None:
+        metrics |= _personal(site, denoised, weights, header)
     site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if site.plan is not None:  # the run is over: give back what it set aside and did not use
         open_ledger(site.config.home).close(Run(job=experiment.name, run_id=header.run_id))
         drop(site.state(header).folder)
     metrics["seconds"] = time.monotonic() - start
     return metrics_reply({name: value for name, value in metrics.items() if name in evaluation_metrics(experiment)})
+
+
+def _personal(site: _Site, cohort: Cohort, weights: Mapping[str, Tensor], header: TaskHeader) -> dict[str, float]:
+    """Held-out losses of the site's own models, which are kept beside its pictures and never sent."""
+    experiment = site.experiment
+    models = site_models(
+        cohort=cohort,
+        weights=weights,
+        state=site.state(header).before(header.round_number),
+        config=experiment,
+        site=site.name,
+        device=site.device,
+        hardware=site.config.hardware,
+    )
+    folder, stage = site.config.home / "personal" / experiment.name / header.run_id, stages(experiment)[-1]
+    losses = {}
+    for name, tensors in (("personal", models.personal), ("local", models.local)):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        model = ModelFile(experiment=experiment, rounds_done=header.round_number, weights=tensors, ema=tensors)
+        save_model(folder / f"{name}.safetensors", model)
+        objective = stage_objective(experiment, stage, tensors, site.device)
+        losses[f"{name}_held_out_loss"] = held_out_loss(objective, cohort, site.device)
+    site.say(f"personal model, to be audited before anyone gets it or its samples: {folder / 'personal.safetensors'}")
+    return losses
 
 
 def _compare(site: _Site, cohort: Cohort, arrays: Arrays, header: TaskHeader) -> dict[str, float]:

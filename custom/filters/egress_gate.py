@@ -25,7 +25,9 @@ from custom.egress import (
     evaluation_metrics,
     released_shapes,
 )
-from custom.masked_vector import vector_sizes
+from custom.masked_vector import vector_forms
+from custom.quantised import SCALES
+from custom.update_form import read
 
 # All that a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
 ENTRIES = frozenset({"DXO", ReservedHeaderKey.HEADERS})
@@ -70,7 +72,7 @@ def passed(reply: Shareable, config: ExperimentConfig) -> Shareable:
         return reply
     if set(dxo.data) != {MASKED}:
         raise EgressRefused(f"reply: {len(dxo.data) - 1} entries beside the masked vector; remove them")
-    check_masked(dxo.data[MASKED], sizes=vector_sizes(config), ring_bits=config.secure_aggregation.ring_bits)
+    check_masked(dxo.data[MASKED], forms=vector_forms(config))
     return reply
 
 
@@ -91,12 +93,14 @@ def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
             raise EgressRefused("counts: must be all of one task's, under their names, and nothing else")
         check_counts(dxo.data, shapes=named[0])
     elif dxo.data_kind == DataKind.WEIGHT_DIFF:
-        *others, denoiser = released_shapes(config)
-        shapes = next((shapes for shapes in others if set(dxo.data) == set(shapes)), denoiser)
+        *others, last = released_shapes(config)
+        names = set(dxo.data) - {SCALES}
+        shapes = next((shapes for shapes in others if names == set(shapes)), last)
         if config.encryption is not None and not dxo.meta:  # the mean, opened for the server
             check_arrays(dxo.data, shapes=shapes, max_norm=config.federation.max_update_norm)
         else:
-            check_update(dxo.data, reply_meta(dxo.meta), shapes=shapes, config=config)
+            arrays = read(dxo.data, shapes=shapes, config=config)
+            check_update(arrays, reply_meta(dxo.meta), shapes=shapes, config=config)
     elif dxo.data_kind == DataKind.METRICS:
         if dxo.meta:
             raise EgressRefused("meta: metrics leave without meta; remove it")

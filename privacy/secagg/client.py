@@ -81,7 +81,7 @@ class Client:
         session: which sum.
         rules: the job's.
         floor: the site's.
-        ring_bits: of the ring.
+        ring_bits: of the ring: sums are modulo 2^8, 2^16 or 2^32.
         cipher: in which this machine makes key streams fast.
 
     Raises:

@@ -1,7 +1,7 @@
 """Key streams as masks: AES-256 in counter mode, or ChaCha20 where AES is slow, added to a vector block by block.
 
 A key serves one stream of one session and is never used again, so a counter that starts at zero is safe. Adding is
-modulo 2^16 or 2^32: a uniform mask makes the sum uniform, whatever was in it.
+modulo 2^8, 2^16 or 2^32: a uniform mask makes the sum uniform, whatever was in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_masks(vector: Vector, masks: Iterable[Mask]) -> None:
     """Add or subtract the streams of the keys, in place; memory beyond the vector is one block.
 
     Args:
-        vector: uint16 or uint32, contiguous.
+        vector: uint8, uint16 or uint32, contiguous.
         masks: key, cipher, sign.
     """
     streams = [(*_streams(key, cipher), sign) for key, cipher, sign in masks]

@@ -40,7 +40,7 @@ class Server:
         session: which sum.
         rules: the job's.
         root: of the sites' certificates.
-        ring_bits: of the ring.
+        ring_bits: of the ring: sums are modulo 2^8, 2^16 or 2^32.
     """
 
     def __init__(self, *, session: Session, rules: Rules, root: Root, ring_bits: RingBits = 32) -> None:

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from custom.audit import audit_model
 from custom.audit_config import AuditConfig
-from custom.config import ExperimentConfig, FederationConfig
+from custom.config import ExperimentConfig
 from custom.device import use
 from custom.diffusion.networks import build_network
+from custom.federation_config import FederationConfig
 from custom.job_plan import privacy_plan
 from custom.model_file import ModelFile, load_model, save_model
 from custom.privacy_config import PrivacyConfig
@@ -161,14 +162,14 @@ def _overfitted(out: Path, experiment: ExperimentConfig, cohort: Cohort, device:
         update = train_round(
             cohort=cohort,
             weights=weights,
-            optimizer_state=state,
+            state=state,
             config=config,
             site="site-1",
             round_number=number,
             device=device,
         )
         weights = {name: tensor + update.difference[name] for name, tensor in weights.items()}
-        state = update.optimizer
+        state = update.state
     save_model(file, ModelFile(experiment=config, rounds_done=rounds, weights=weights, ema=weights))
     return file
 

@@ -205,13 +205,13 @@ def federate(config: ExperimentConfig, cohorts: list[Cohort], start: Weights, *,
                 plain = train_round(
                     cohort=cohort,
                     weights=model.weights,
-                    optimizer_state=states[site],
+                    state=states[site],
                     config=config,
                     site=SITES[site],
                     round_number=number,
                     device=CPU,
                 )
-                states[site], difference = plain.optimizer, plain.difference
+                states[site], difference = plain.state, plain.difference
             else:
                 private = train_private_round(
                     cohort=cohort,

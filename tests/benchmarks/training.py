@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from custom.config import PRESETS, ExperimentConfig, FederationConfig, NetworkConfig, SamplingConfig, TrainingConfig
+from custom.config import PRESETS, ExperimentConfig, NetworkConfig, SamplingConfig, TrainingConfig
 from custom.diffusion.networks import build_network
+from custom.federation_config import FederationConfig
 from custom.training import train_round
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
@@ -107,7 +108,7 @@ def throughput(config: ExperimentConfig, repeats: int) -> dict[str, float]:
         train_round(
             cohort=cohort,
             weights=ours.state_dict(),
-            optimizer_state={},
+            state={},
             config=config,
             site="bench",
             round_number=0,

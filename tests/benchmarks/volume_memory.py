@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from custom.config import PRESETS, ExperimentConfig, FederationConfig, TrainingConfig
+from custom.config import PRESETS, ExperimentConfig, TrainingConfig
 from custom.device import use
 from custom.diffusion.checkpointing import checkpointed
+from custom.federation_config import FederationConfig
 from custom.preflight import estimate, step_bytes
 from custom.site_file import HardwareConfig
 from custom.stages import fresh_weights, stage_objective, stages

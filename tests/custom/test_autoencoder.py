@@ -86,7 +86,7 @@ def test_scaled_latents_have_unit_deviation_after_training(latent_experiment: Ex
     update = train_round(
         cohort=cohort,
         weights=weights,
-        optimizer_state={},
+        state={},
         config=longer,
         site="a",
         round_number=0,

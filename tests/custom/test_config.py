@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from custom.config import PRESETS, ExperimentConfig, FederationConfig, TrainingConfig
+from custom.config import PRESETS, ExperimentConfig, TrainingConfig
+from custom.federation_config import FederationConfig
 from custom.job_plan import privacy_plan
 from custom.strict import ConfigError
 

@@ -9,7 +9,8 @@ import torch
 
 from custom.codec import TaskHeader, read_task, task_model
 from custom.config import ExperimentConfig
-from custom.controllers.diffusion_fedavg import DiffusionFedAvg, drawn_sites, resumed
+from custom.client_sampling import drawn_sites
+from custom.controllers.diffusion_fedavg import DiffusionFedAvg, resumed
 from custom.controllers.secure_fedavg import SecureFedAvg
 from custom.diffusion.networks import build_network
 from custom.executors.diffusion_trainer import _check_agreement

@@ -20,7 +20,7 @@ from custom.egress import SECAGG_REFUSED, EgressRefused
 from custom.filters import masks_required
 from custom.filters.egress_gate import passed
 from custom.filters.masks_required import MasksRequired
-from custom.masked_vector import vector_sizes
+from custom.masked_vector import vector_forms
 from custom.secure_config import SecureAggregationConfig
 from custom.site_file import SITE_FILE_VARIABLE
 from custom.stages import model_shapes
@@ -41,7 +41,7 @@ def plain_update(experiment: ExperimentConfig) -> Shareable:
 
 
 def test_masked_vectors_messages_and_codes_pass(masked: ExperimentConfig) -> None:
-    for size in vector_sizes(masked):
+    for size, _ in vector_forms(masked):
         assert passed(masked_reply(np.zeros(size, np.uint32)), masked)
     assert passed(stage_reply(FromSite(signed=Signed(party="a", signature=b"s"))), masked)
     assert passed(stage_reply(FromSite()), masked)
@@ -49,7 +49,7 @@ def test_masked_vectors_messages_and_codes_pass(masked: ExperimentConfig) -> Non
 
 
 def test_nothing_passes_without_a_mask(masked: ExperimentConfig, experiment: ExperimentConfig) -> None:
-    size = max(vector_sizes(masked))
+    size, _ = max(vector_forms(masked))
     with_meta = masked_reply(np.zeros(size, np.uint32))
     with_meta["DXO"]["meta"]["weight"] = 3.0
     beside = masked_reply(np.zeros(size, np.uint32))
@@ -107,5 +107,5 @@ def test_a_site_that_requires_masks_lets_no_plain_update_out_whatever_the_job_sa
         filtered(plain_update(experiment), experiment)
     with pytest.raises(EgressRefused, match="without a mask"):
         filtered(plain_update(experiment), masked)
-    assert filtered(masked_reply(np.zeros(max(vector_sizes(masked)), np.uint32)), masked)
+    assert filtered(masked_reply(np.zeros(max(vector_forms(masked))[0], np.uint32)), masked)
     assert filtered(make_reply(ReturnCode.EXECUTION_EXCEPTION), experiment).get_return_code() != ReturnCode.OK

@@ -29,7 +29,7 @@ from custom.private_training import (
 from custom.site_state import SiteState
 from custom.stages import fresh_weights, stage_objective, stage_of
 from custom.strict import ConfigError
-from custom.training import TrainingDiverged, held_out_loss, learning_rate
+from custom.training import TrainingDiverged, held_out_loss
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig
 from privacy.accounting import SampledGaussian
@@ -152,7 +152,7 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, sp
         noise_of = torch.cat([randomness.normal(block.shape).float() for block in blocks]).split(sizes)
         for (name, parameter), added in zip(parameters.items(), noise_of, strict=True):
             parameter.grad = (total[name] + 1.0 * 1.0 * added.view_as(parameter)) / (0.75 * 4)
-        optimizer.param_groups[0]["lr"] = learning_rate(stage, 0, step)
+        optimizer.param_groups[0]["lr"] = stage.learning_rate(step)
         optimizer.step()
     for name, tensor in network.state_dict().items():
         name = stage.prefix + name

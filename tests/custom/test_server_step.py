@@ -11,7 +11,6 @@ from custom.diffusion.networks import build_network
 from custom.model_file import ModelFile, load_model, save_checkpoint
 from custom.server_step import stepped
 from custom.stages import stage_of
-from custom.training import learning_rate
 
 
 def test_steps_are_adamw_s_also_across_a_checkpoint(experiment: ExperimentConfig, tmp_path: Path) -> None:
@@ -26,7 +25,7 @@ def test_steps_are_adamw_s_also_across_a_checkpoint(experiment: ExperimentConfig
     model = ModelFile(experiment=experiment, rounds_done=0, weights=weights, ema=weights)
     for number, gradient in enumerate(gradients):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage_of(experiment, number), number, 0)
+            group["lr"] = stage_of(experiment, number).learning_rate(number * experiment.training.steps_per_round)
         for name, parameter in zip(names, trained, strict=True):
             parameter.grad = torch.from_numpy(gradient[name])
         optimizer.step()

@@ -19,7 +19,7 @@ from custom.egress import EgressRefused, released_shapes
 from custom.filters.egress_gate import checked
 from custom.job_plan import privacy_plan
 from custom.latents import decoded, encoded, latent_cohort
-from custom.masked_vector import gradient_shapes, session_encoding, vector_sizes
+from custom.masked_vector import gradient_shapes, session_encoding, vector_forms
 from custom.model_file import ModelFile, initial_model, load_model, save_checkpoint, save_model
 from custom.named_models import frozen_autoencoder, start_weights
 from custom.privacy_config import MeanImageConfig
@@ -103,14 +103,14 @@ def run(experiment: ExperimentConfig, cohort: Cohort, home: Path) -> ModelFile:
         update = train_round(
             cohort=seen,
             weights=stage.needed(model.weights),
-            optimizer_state=state.before(number, since=stage.first),
+            state=state.before(number, since=stage.first),
             config=experiment,
             site="a",
             round_number=number,
             device=CPU,
         )
         assert set(update.difference) == set(stage_shapes(experiment, stage))
-        state.save(number, update.optimizer)
+        state.save(number, update.state)
         model = moved(model, {name: tensor.numpy() for name, tensor in update.difference.items()})
     return model
 
@@ -228,7 +228,7 @@ def test_under_masks_each_round_sums_its_stages_tensors(latent_experiment: Exper
     assert set(stage_shapes(masked, stage_of(masked, 0))) <= names[0]
     assert set(stage_shapes(masked, stage_of(masked, 1))) <= names[1]
     assert not set(stage_shapes(masked, stage_of(masked, 0))) & names[1]
-    assert {first.size, last.size} <= vector_sizes(masked)
+    assert {(first.size, 32), (last.size, 32)} <= vector_forms(masked)
 
 
 # ---- differential privacy

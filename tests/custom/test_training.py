@@ -20,9 +20,8 @@ from custom.training import (
     LocalUpdate,
     TrainingDiverged,
     _derived_seed,
-    _PatientSampler,
+    PatientSampler,
     held_out_loss,
-    learning_rate,
     train_round,
 )
 from medical_data.cohort import Cohort
@@ -46,7 +45,7 @@ def one_round(
     return train_round(
         cohort=cohort,
         weights=weights,
-        optimizer_state=optimizer or {},
+        state=optimizer or {},
         config=experiment,
         site=site,
         round_number=number,
@@ -63,7 +62,7 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, co
     network.load_state_dict(weights)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1.0, weight_decay=experiment.training.weight_decay)
     generator = torch.Generator().manual_seed(_derived_seed(experiment.seed, "a", 0))
-    draw = _PatientSampler(cohort, generator)
+    draw = PatientSampler(cohort, generator)
     alphas = build_schedule(experiment.schedule).alphas_cumprod
     for step in range(experiment.training.steps_per_round):
         x0 = draw(4)
@@ -77,7 +76,7 @@ def test_the_difference_is_that_of_a_plain_loop(experiment: ExperimentConfig, co
             error = network(x=x_t[None], timesteps=timesteps[i : i + 1])[0] - v
             (error.square().mean() / 4).backward()
         nn.utils.clip_grad_norm_(network.parameters(), experiment.training.gradient_clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(stage_of(experiment, 0), 0, step)
+        optimizer.param_groups[0]["lr"] = stage_of(experiment, 0).learning_rate(step)
         optimizer.step()
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(update.difference[name], tensor - weights[name], atol=2e-5, rtol=1e-3)
@@ -97,9 +96,9 @@ def test_optimizer_survives_the_death_of_the_process(
 ) -> None:
     weights = initial(experiment)
     first = one_round(experiment, cohort, weights)
-    SiteState(tmp_path).save(0, first.optimizer)
+    SiteState(tmp_path).save(0, first.state)
     moved = {name: weights[name] + change for name, change in first.difference.items()}
-    lived_on = one_round(experiment, cohort, moved, number=1, optimizer=first.optimizer)
+    lived_on = one_round(experiment, cohort, moved, number=1, optimizer=first.state)
     started_anew = one_round(experiment, cohort, moved, number=1, optimizer=SiteState(tmp_path).before(1))
     forgot = one_round(experiment, cohort, moved, number=1)
     for name in weights:
@@ -120,7 +119,7 @@ def test_held_out_patients_are_never_drawn_and_patients_are_drawn_alike(cohort: 
     marked = replace(cohort, images=np.broadcast_to(cohort.patient[:, None, None, None], cohort.images.shape).copy())
     uneven = np.concatenate([np.arange(8), np.arange(8, 24)[:4], np.arange(16, 24)])  # patients of unequal size
     marked = replace(marked, images=marked.images[uneven].astype(np.float32), patient=cohort.patient[uneven])
-    drawn = _PatientSampler(marked, torch.Generator().manual_seed(0))(4000)[:, 0, 0, 0]
+    drawn = PatientSampler(marked, torch.Generator().manual_seed(0))(4000)[:, 0, 0, 0]
     counts = torch.bincount(drawn.long(), minlength=6)
     assert counts[0] == counts[3] == 0
     present = counts[counts > 0]
@@ -143,7 +142,7 @@ def test_held_out_loss_uses_held_out_patients_and_the_same_noise_each_time(
 def test_learning_rate_warms_up_and_ends_near_zero(experiment: ExperimentConfig) -> None:
     config = replace(experiment, training=replace(experiment.training, steps_per_round=100, warmup_steps=20))
     stage = stage_of(config, 0)
-    rates = [learning_rate(stage, *divmod(step, 100)) for step in range(stage.total_steps)]
+    rates = [stage.learning_rate(step) for step in range(stage.total_steps)]
     assert rates[0] < rates[10] < rates[20]
     assert max(rates) <= config.training.learning_rate
     assert rates[-1] < 1e-4 * config.training.learning_rate
