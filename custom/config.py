@@ -490,8 +490,10 @@ def _require_remedies(experiment: ExperimentConfig) -> None:
     few_bits = updates is not None and updates.bits is not None
     if experiment.privacy is not None:
         said = "leave it out with privacy: what leaves a site is what its plan noised and charged"
+        encoder = experiment.autoencoder and experiment.autoencoder.training
         for name, value in (
             ("training.proximal", training.proximal or None),
+            ("autoencoder.training.proximal", encoder and (encoder.proximal or None)),
             ("training.local_epochs", training.local_epochs),
             ("federation.control_variates", federation.control_variates or None),
             ("updates", updates),

@@ -79,8 +79,8 @@ class RobustConfig:
             itself; None leaves it at ``max_update_norm``, beyond which an update is refused.
         groups: under secure aggregation, into how many (seeded) groups the sites of a round are drawn, each with a sum
             of its own; None without.
-        reference: whether the server drops an update with which the model's loss on the server's own public images gets
-            worse by more than ``reference_tolerance`` in a band of timesteps. Needs ``reference`` in the server's table.
+        reference: whether the server drops an update with which the model's loss on the server's own public images,
+            ``reference`` in the server's table, gets worse by more than ``reference_tolerance`` in a band of timesteps.
         reference_tolerance: as a share of the loss.
     """
 
@@ -179,7 +179,7 @@ class FederationConfig:
         )
         least, there = self.min_responses, self.availability
         remedy = f"name at least min_responses = {least} sites for each round"
-        enough = there is None or there.schedule is None or all(len(names) >= least for names in there.schedule)
+        enough = there is None or there.schedule is None or all(len(set(names)) >= least for names in there.schedule)
         require(enough, argument="federation.availability.schedule", value=there and there.schedule, remedy=remedy)
         fewest = 1 if self.robust is None or self.robust.groups is not None else self.robust.fewest
         remedy = f"give at least {fewest}: federation.robust.rule means nothing over fewer updates"

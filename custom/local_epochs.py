@@ -54,9 +54,10 @@ def next_span(stage: Stage, round_number: int, finished: Sequence[RoundRecord]) 
         return stage.planned(round_number)
     steps, done = stage.training.steps_per_round, sum(record.steps for record in finished)
     losses = [record.metric("train_loss") for record in finished]
-    known = [loss for loss in [*(record.metric("held_out_loss") for record in finished[:1]), *losses] if loss]
+    said = [*(record.metric("held_out_loss") for record in finished[:1]), *losses]
+    known = [loss for loss in said if loss is not None and 0 < loss < math.inf]
     remedy = "no finite positive loss was sent with a round; give a number of steps, and leave local_epochs out"
-    require(len(known) in (0, len(finished) + 1), argument="training.local_epochs", value="auto", remedy=remedy)
+    require(len(known) == len(said), argument="training.local_epochs", value="auto", remedy=remedy)
     return Span(first=done, steps=steps * next_epochs(known, total=stage.rounds, done=done // steps))
 
 

@@ -30,11 +30,21 @@ from custom.diffusion.networks import Shapes
 from custom.diffusion.objective import Objective
 from custom.he_contexts import COEFF_MOD_BIT_SIZES, POLY_MODULUS_DEGREE
 from custom.he_packing import packed_size
-from custom.masked_vector import session_encoding
+from custom.masked_vector import session_encoding, session_ring
 from custom.memory import LiveMemory
 from custom.private_training import patient_loss, trained_parameters
 from custom.site_file import HardwareConfig
-from custom.stages import Stage, fresh_weights, model_autoencoder, model_shapes, stage_objective, stage_shapes, stages
+from custom.round_parts import every_update, update_shapes
+from custom.stages import (
+    Stage,
+    fresh_weights,
+    model_autoencoder,
+    model_shapes,
+    stage_objective,
+    stage_of,
+    stage_shapes,
+    stages,
+)
 from custom.strict import require
 from custom.training import HELD_OUT_BATCH, HELD_OUT_IMAGES, training_step
 from privacy.gradients import per_patient_gradients
@@ -232,13 +242,17 @@ def available_memory(device: torch.device) -> int:
 
 
 def upload_bytes(experiment: ExperimentConfig, stage: Stage) -> int:
-    """A round's update as it leaves, without its envelope and the keys of masks."""
-    shapes = stage_shapes(experiment, stage)
+    """The largest of a stage's updates as it leaves, without its envelope and the keys of masks."""
+    rounds = [n for n in every_update(experiment) if stage_of(experiment, n) == stage]
+    shapes = max((update_shapes(experiment, number) for number in rounds), key=_numbers)
     if experiment.secure_aggregation is not None:
-        size = session_encoding(experiment, tasks.TRAIN, stage.first, parties=2).size
-        return size * experiment.secure_aggregation.ring_bits // 8
+        sizes = [session_encoding(experiment, tasks.TRAIN, number, parties=2).size for number in rounds]
+        return max(sizes) * session_ring(experiment, tasks.TRAIN) // 8
     if experiment.encryption is not None:
         return math.ceil(packed_size(shapes) / CIPHERTEXT_NUMBERS) * CIPHERTEXT_BYTES
+    if experiment.updates is not None and experiment.updates.bits is not None:
+        bits = experiment.updates.bits
+        return sum(math.ceil(math.prod(shape) * bits / 8) for shape in shapes.values()) + 4 * len(shapes)
     return 4 * _numbers(shapes)
 
 

@@ -294,6 +294,7 @@ class PatientSampler:
         ]
 
     def __call__(self, count: int) -> Tensor:
+        """So many images, [count, C, *spatial]."""
         patients = torch.randint(len(self._rows_of_patient), (count,), generator=self._generator).tolist()
         places = torch.rand(count, generator=self._generator).tolist()
         rows = [

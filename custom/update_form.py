@@ -1,8 +1,8 @@
 """What a site makes of its weight difference before it leaves, and what the server reads from it.
 
-First the norm is bounded, if the job says so. Then, in a job with ``updates.bits``, numbers are rounded to few bits, and
-what that loses stays at the site for its next update. Under secure aggregation all sites need one scale: the server
-says a bound for each tensor, made from what it has learnt of earlier rounds, which is public.
+First the norm is bounded, if the job says so. Then, in a job with ``updates.bits``, numbers are rounded to few bits;
+what is lost stays at the site for its next update. Under secure aggregation all sites need one scale: the server says a
+bound for each tensor, made from what it has learnt of earlier rounds, which is public.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def formed(
         leaves = quantised(wanted, bits=updates.bits)
         sent = dequantised(leaves, shapes=shapes, bits=updates.bits)
     else:
+        if bounds is None:
+            raise EgressRefused(f"{BOUNDS}: missing; the server must say one for each tensor")
         schema = few_bits(shapes, config, bounds, parties=1)
         leaves = sent = schema.values(schema.integers(wanted))
     left = {name: torch.from_numpy(array) for name, array in lost(wanted, sent).items()}

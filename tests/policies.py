@@ -10,6 +10,8 @@ ALL_STATISTICS = (
     "effnet_kid",
     "effnet_kid_baseline",
     "effnet_kid_untrained",
+    "personal_held_out_loss",
+    "local_held_out_loss",
     "audit_counts",
 )
 

@@ -24,8 +24,9 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Train every case of a study with each of its seeds, several at a time, each in a process with one "
         "thread. Results lie in OUT/runs, one file a run; what is there is not run again, so that a study that was "
         "interrupted or extended goes on with the same command. Then write OUT/results.csv (one row for each number), "
-        "OUT/summary.csv (means and 95 % intervals over the seeds), OUT/tables.md and OUT/figures. A run that fails "
-        "does not stop the others: it is named at the end, with the file of its error, and the exit code is 1.",
+        "OUT/summary.csv (means and 95 % intervals over the seeds), OUT/tables.md, OUT/goals.md (what the study is to "
+        "show, and whether it does) and OUT/figures. A run that fails does not stop the others: it is named at the "
+        "end, with the file of its error, and the exit code is 1.",
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="the study (JSON)")
     parser.add_argument("--out", type=Path, help="the study's folder (default: runs/study/<name of the study>)")
@@ -87,8 +88,10 @@ def _list(runs: Sequence[Run], out: Path, processes: int) -> None:
 
 def _report(config: StudyConfig, out: Path) -> int:
     """Tables and figures of all results that are there."""
+    from custom.atomic import write_atomically
     from custom.strict import require
     from custom.study.figures import draw_figures, write_tables
+    from custom.study.goals import table, verdict
     from custom.study.runner import collect, summarize, write_csv, write_summary
 
     rows = collect(config, out)
@@ -97,5 +100,9 @@ def _report(config: StudyConfig, out: Path) -> int:
     write_summary(summarize(rows), out / "summary.csv")
     write_tables(config, rows, out / "tables.md")
     files = draw_figures(config, rows, out)
+    if config.goals:
+        judged = table([verdict(goal, rows) for goal in config.goals])
+        write_atomically(out / "goals.md", judged.encode())
+        print(judged)
     print(f"{out}: results.csv, summary.csv, tables.md and {len(files)} figures")
     return 0

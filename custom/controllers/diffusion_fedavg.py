@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ from custom.round_parts import round_parts, update_shapes
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.server_step import moved, server_variates
 from custom.site_file import ServerConfig, server_config
-from custom.stages import Span, model_autoencoder, stage_of
+from custom.stages import Span, model_autoencoder, stage_of, stages
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
 
@@ -333,8 +333,9 @@ class DiffusionFedAvg(FedAvg):
             tasks.SAMPLES: grey_levels(images),
             tasks.UNTRAINED_SAMPLES: grey_levels(untrained),
         }
-        header = _header(experiment, folder, experiment.federation.rounds)
-        sites = sorted(folder.records()[-1].accepted)  # who was silent in the last round would cost a timeout again
+        # Those that were done, of a run that ended early, too; always of the last stage.
+        header = _header(experiment, folder, max(model.rounds_done, stages(experiment)[-1].first))
+        sites = _reachable(folder.records())
         self.info(f"evaluation: asking {', '.join(sites)}")
         mean, by_site = self._evaluated(arrays, header, sites, experiment)
         said = ", ".join(f"{name} {value:.4f}" for name, value in mean.items() if name != "seconds")
@@ -380,6 +381,12 @@ def resumed(runs: Path, run_id: str, experiment: ExperimentConfig) -> RunFolder:
     if last.experiment != experiment:
         raise ConfigError(f"resume_run = {run_id!r}: another experiment; resume with the job folder that began the run")
     return folder
+
+
+def _reachable(records: Sequence[RoundRecord]) -> list[str]:
+    """Sites whose last update was taken, in whichever round that was: one that is silent would cost a timeout again."""
+    taken = {site: site in record.accepted for record in records for site in record.asked}
+    return sorted(site for site, last in taken.items() if last)
 
 
 def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int, span: Span | None = None) -> TaskHeader:

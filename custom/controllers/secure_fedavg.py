@@ -33,7 +33,7 @@ from custom.codec import (
 from custom.config import ExperimentConfig
 from custom.controllers.diffusion_fedavg import Average, BudgetSpent, DiffusionFedAvg, RoundVoid
 from custom.diffusion.networks import Shapes
-from custom.egress import BUDGET_SPENT, check_arrays
+from custom.egress import BUDGET_SPENT, EgressRefused, check_arrays
 from custom.masked_vector import Schema, session_encoding, session_ring, shared_noise_encoding, split_means
 from custom.model_file import ModelFile
 from custom.robust import combined
@@ -134,16 +134,11 @@ class SecureFedAvg(DiffusionFedAvg):
         robust = experiment.federation.robust
         if robust is None or robust.groups is None or task != tasks.TRAIN:
             return self._summed_once(task, arrays, header, asked, shapes, experiment)
-        averages, failed = [], {}
         groups = grouped(asked, robust.groups, seed=experiment.seed, round_number=header.round_number)
-        for group in groups:
-            try:
-                averages.append(self._summed_once(task, arrays, header, group, shapes, experiment))
-            except BudgetSpent:
-                raise
-            except RoundVoid as error:
-                self.info(f"no sum of the group {', '.join(group)}: {error}")
-                failed.update(dict.fromkeys(group, "its group gave no sum"))
+        sums = [self._group_sum(task, arrays, header, group, shapes, experiment) for group in groups]
+        averages = [average for average in sums if average is not None]
+        without = [group for group, average in zip(groups, sums, strict=True) if average is None]
+        failed = {site: "its group gave no sum" for group in without for site in group}
         if len(averages) < max(robust.fewest, 1):
             remedy = f"federation.robust.rule needs {robust.fewest}; see those sites' logs"
             raise RoundVoid(f"{task} in round {header.round_number + 1}: {len(averages)} groups gave a sum; {remedy}")
@@ -157,6 +152,24 @@ class SecureFedAvg(DiffusionFedAvg):
             accepted={site: said for average in averages for site, said in average.accepted.items()},
             refused=failed | {site: why for average in averages for site, why in average.refused.items()},
         )
+
+    def _group_sum(
+        self,
+        task: str,
+        arrays: Arrays,
+        header: TaskHeader,
+        group: list[str],
+        shapes: Shapes,
+        experiment: ExperimentConfig,
+    ) -> MaskedAverage | None:
+        """The sum of one group; None if it has too few survivors, or a mean that no acceptable updates have."""
+        try:
+            return self._summed_once(task, arrays, header, group, shapes, experiment)
+        except BudgetSpent:
+            raise
+        except (RoundVoid, EgressRefused) as error:  # one malicious site can make its group's sum too long
+            self.info(f"no sum of the group {', '.join(group)}: {error}")
+            return None
 
     def _summed_once(
         self,
@@ -213,6 +226,8 @@ class SecureFedAvg(DiffusionFedAvg):
     def _evaluated(
         self, arrays: Arrays, header: TaskHeader, sites: list[str], experiment: ExperimentConfig
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        if self._next is not None and self._next.invited != sites:  # not all of them were in the last round
+            self._next = None
         try:
             return self._ask(tasks.EVALUATE, arrays, header, sites, {}, experiment).metrics, {}
         except RoundVoid as error:

@@ -165,22 +165,78 @@ class Suite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number of each run of a case."""
+
+    case: str
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """One inequality.
+
+    Attributes:
+        statement: in words.
+        suite: whose cases.
+        form: ``ratio``: this / other; ``difference``: this - other; ``closed``: how much of the way from ``start`` to
+            other this has gone, (start - this) / (start - other).
+        this: what is judged.
+        other: against what.
+        start: of ``closed``.
+        at_most: bound from above, or None.
+        at_least: bound from below, or None; one of the two is given.
+        significant: whether missing the bound counts only if the 95 % interval over the seeds lies beyond it.
+    """
+
+    statement: str
+    suite: str
+    form: Literal["ratio", "difference", "closed"]
+    this: Figure
+    other: Figure
+    start: Figure | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+    significant: bool = False
+
+    def __post_init__(self) -> None:
+        one, remedy = (self.at_most is None) != (self.at_least is None), "give at_most or at_least, and not both"
+        require(one, argument="goals.at_most", value=self.at_most, remedy=remedy)
+        given, remedy = (self.start is not None) == (self.form == "closed"), "give it with closed, and only there"
+        require(given, argument="goals.start", value=self.start, remedy=remedy)
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """All that it needs."""
+        return (self.this, self.other) if self.start is None else (self.this, self.other, self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """Suites that run in one process pool, with results in one folder.
 
     Attributes:
         name: of the study.
         suites: as the file has them.
+        goals: what it is to show.
     """
 
     name: str
     suites: tuple[Suite, ...]
+    goals: tuple[Goal, ...] = ()
 
     def __post_init__(self) -> None:
         _require_name(self.name, "name")
         names = [suite.name for suite in self.suites]
         once = len(names) > 0 and len(set(names)) == len(names)
         require(once, argument="suites", value=names, remedy="give at least one suite, and one of each name")
+        known = {suite.name: [case.name for case in suite.cases] for suite in self.suites}
+        for goal in self.goals:
+            remedy = f"no such suite; known are {names}"
+            require(goal.suite in known, argument="goals.suite", value=goal.suite, remedy=remedy)
+            for figure in goal.figures:
+                remedy = f"no such case; known are {known[goal.suite]}"
+                require(figure.case in known[goal.suite], argument="goals.case", value=figure.case, remedy=remedy)
 
     def runs(self) -> tuple[Run, ...]:
         """All runs: each case with its first seed, then each with its second, … so that half a study says something."""
@@ -223,10 +279,11 @@ class StudyConfig:
         Raises:
             ConfigError: an unknown, missing, mistyped or impossible value, by name.
         """
-        _require_keys(values, "study", needed=("name", "seeds", "suites"))
+        _require_keys(values, "study", needed=("name", "seeds", "suites"), optional=("goals",))
         _require_object(values["suites"], "suites")
         suites = tuple(_suite(name, suite, values["seeds"]) for name, suite in values["suites"].items())
-        return build(_Study, {"name": values["name"], "seeds": values["seeds"]}, "study").with_suites(suites)
+        study = build(_Study, {name: value for name, value in values.items() if name != "suites"}, "study")
+        return StudyConfig(name=study.name, suites=suites, goals=study.goals)
 
     @classmethod
     def load(cls, file: Path) -> StudyConfig:
@@ -248,12 +305,10 @@ class _Study:
 
     name: str
     seeds: tuple[int, ...]
+    goals: tuple[Goal, ...] = ()
 
     def __post_init__(self) -> None:
         _require_seeds(self.seeds)
-
-    def with_suites(self, suites: tuple[Suite, ...]) -> StudyConfig:
-        return StudyConfig(name=self.name, suites=suites)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The patients of a study: a pool that is spread over simulated sites, and test patients that no site ever has.
 
-Three sources: Fashion-MNIST, where every image is a patient of its own; the embedded cohort of three hospitals; and a
-folder of CT scans. What a study compares (sites, skew, privacy) is then done to the same patients.
+Three kinds of sources: public collections of small images (Fashion-MNIST, CIFAR-10, SVHN), where every image is a
+patient of its own; the embedded cohort of three hospitals; and a folder of CT scans. What a study compares is then done
+to the same patients.
 
 Source of Fashion-MNIST: Xiao et al. 2017 (arXiv:1708.07747), as Debian's package ``dataset-fashion-mnist`` installs it.
 """
@@ -25,7 +26,14 @@ from medical_data.partition import PartitionRefused, dirichlet, iid
 from medical_data.preprocess import BODY_THRESHOLD_HU, PreprocessConfig
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
-FASHION_EDGE = 28  # pixels
+FASHION_EDGE, COLOUR_EDGE = 28, 32  # pixels
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# The public collections, and where to get them.
+WHERE = {
+    "fashion_mnist": "apt-get install dataset-fashion-mnist, or name one with its four .gz files",
+    "cifar10": "unpack CIFAR-10's binary version, and name the folder with data_batch_1.bin",
+    "svhn": "name one with SVHN's train_32x32.mat and test_32x32.mat",
+}
 IDX_BYTES = 0x08  # the type of an IDX file's values: unsigned bytes
 HOSPITALS = 3
 EMBEDDED_SEED = 20_240_607  # another cohort than the simulator's
@@ -44,15 +52,16 @@ class DatasetConfig:
     """Where a study's patients come from.
 
     Attributes:
-        kind: ``fashion_mnist``, ``embedded`` (the made-up patients of hospitals 0, 1 and 2) or ``folder`` (CT scans).
-        train: patients of the pool. Of Fashion-MNIST these are images of its training file.
-        test: patients that no site has. Of Fashion-MNIST these are images of its test file.
-        folder: of the scans, or of Fashion-MNIST's four ``.gz`` files; None for Debian's. The embedded cohort has none.
+        kind: a public collection, in greys; ``embedded`` (the made-up patients of hospitals 0, 1 and 2); or ``folder``
+            (CT scans).
+        train: patients of the pool. Of a public collection these are images of its training files.
+        test: patients that no site has. Of a public collection these are images of its test files.
+        folder: of the scans or of the collection's files; None for Debian's Fashion-MNIST, and for the embedded cohort.
         patients_per_hospital: of the embedded cohort; None for the others.
         slices: of a series of the embedded cohort; None for the others.
     """
 
-    kind: Literal["fashion_mnist", "embedded", "folder"]
+    kind: Literal["fashion_mnist", "cifar10", "svhn", "embedded", "folder"]
     train: int
     test: int
     folder: str | None = None
@@ -69,8 +78,9 @@ class DatasetConfig:
             fits = value is not None and value >= least if embedded else value is None
             remedy = f"give at least {least}" if embedded else f"leave it out for {self.kind}"
             require(fits, argument=f"dataset.{name}", value=value, remedy=remedy)
-        if self.kind == "folder":
-            require(bool(self.folder), argument="dataset.folder", value=self.folder, remedy="name a folder with scans")
+        if self.kind not in ("fashion_mnist", "embedded"):
+            remedy = WHERE.get(self.kind, "name a folder with scans")
+            require(bool(self.folder), argument="dataset.folder", value=self.folder, remedy=remedy)
         if embedded:
             remedy = "leave it out: the embedded cohort is made, not read"
             require(self.folder is None, argument="dataset.folder", value=self.folder, remedy=remedy)
@@ -136,8 +146,8 @@ def load(config: DatasetConfig, preprocess: PreprocessConfig, home: Path) -> Stu
         ConfigError: a missing or malformed file, another size than 28, or fewer patients than asked for.
         CohortRefused: scans that cannot serve.
     """
-    if config.kind == "fashion_mnist":
-        return _fashion_mnist(config, preprocess)
+    if config.kind in WHERE:
+        return _public(config, preprocess)
     parts = _embedded(config, preprocess, home) if config.kind == "embedded" else [_folder(config, preprocess, home)]
     owners = [owner for images, owner in parts]
     offsets = np.cumsum([0, *(int(owner[-1]) + 1 for owner in owners)])
@@ -309,33 +319,37 @@ def _stratified(label: Labels, rng: np.random.Generator) -> NDArray[np.int64]:
 # --- Fashion-MNIST ---
 
 
-def _fashion_mnist(config: DatasetConfig, preprocess: PreprocessConfig) -> StudyData:
-    fits = preprocess.size == FASHION_EDGE and preprocess.spatial_dims == 2
-    remedy = f"give {FASHION_EDGE}, in 2D: Fashion-MNIST is not resized"
+def _public(config: DatasetConfig, preprocess: PreprocessConfig) -> StudyData:
+    """Images of a public collection, each a patient of its own, in the greys that a CT has."""
+    edge = FASHION_EDGE if config.kind == "fashion_mnist" else COLOUR_EDGE
+    fits, remedy = preprocess.size == edge and preprocess.spatial_dims == 2, f"give {edge}, in 2D: nothing is resized"
     require(fits, argument="preprocess.size", value=preprocess.size, remedy=remedy)
     folder = Path(FASHION_MNIST if config.folder is None else config.folder)
-    remedy = "no such folder: apt-get install dataset-fashion-mnist, or name one with its four .gz files"
+    remedy = f"no such folder: {WHERE[config.kind]}"
     require(folder.is_dir(), argument="dataset.folder", value=str(folder), remedy=remedy)
-    train = _balanced(folder, "train", config.train, "train")
-    test = _balanced(folder, "t10k", config.test, "test")
-    levels = np.concatenate([train[0], test[0]])[:, None]
+    read = {"fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "svhn": _svhn}[config.kind]
+    parts = [
+        _balanced(*read(folder, name), count, name, folder)
+        for name, count in (("train", config.train), ("test", config.test))
+    ]
+    levels = np.concatenate([images for images, _ in parts])[:, None]
     count = config.train + config.test
     return StudyData(
         images=levels.astype(np.float32) / np.float32(127.5) - np.float32(1),
         patient=np.arange(count, dtype=np.int32),
-        label=np.concatenate([train[1], test[1]]),
+        label=np.concatenate([label for _, label in parts]),
         test=np.arange(count) >= config.train,
     )
 
 
-def _balanced(folder: Path, prefix: str, count: int, argument: str) -> tuple[NDArray[np.uint8], Labels]:
-    """``count`` images of a file in its order, uint8 [count, 28, 28], and their labels, as many of each as possible."""
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", dims=3)
-    label = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", dims=1).astype(np.int64)
-    fits = images.shape == (len(label), FASHION_EDGE, FASHION_EDGE)
-    remedy = f"give as many labels as images of {FASHION_EDGE} pixels: install the data set again"
-    require(fits, argument=str(folder / prefix), value=(images.shape, label.shape), remedy=remedy)
-    rng = np.random.default_rng([CHOICE_SEED, prefix == "t10k"])
+def _balanced(
+    images: NDArray[np.uint8], label: Labels, count: int, part: str, folder: Path
+) -> tuple[NDArray[np.uint8], Labels]:
+    """``count`` images in their order, and their labels, as many of each as possible."""
+    fits = images.ndim == 3 and len(images) == len(label)
+    remedy = "give as many labels as images: install the data set again"
+    require(fits, argument=str(folder), value=(images.shape, label.shape), remedy=remedy)
+    rng = np.random.default_rng([CHOICE_SEED, part == "test"])
     values = np.unique(label)
     members = [rng.permutation(np.flatnonzero(label == value)) for value in values]
     quota, rest = divmod(count, max(len(values), 1))
@@ -343,9 +357,45 @@ def _balanced(folder: Path, prefix: str, count: int, argument: str) -> tuple[NDA
     most = min((len(one) for one in members), default=0) * len(values)
     enough = len(values) > 0 and all(len(one) >= need for one, need in zip(members, wanted, strict=True))
     remedy = f"{folder} has about {most} images with as many of each label: ask for fewer"
-    require(enough, argument=f"dataset.{argument}", value=count, remedy=remedy)
+    require(enough, argument=f"dataset.{part}", value=count, remedy=remedy)
     chosen = np.sort(np.concatenate([one[:need] for one, need in zip(members, wanted, strict=True)]))
     return images[chosen], label[chosen]
+
+
+def _fashion_mnist(folder: Path, part: str) -> tuple[NDArray[np.uint8], Labels]:
+    prefix = "train" if part == "train" else "t10k"
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", dims=3)
+    fits, remedy = images.shape[1:] == (FASHION_EDGE, FASHION_EDGE), f"give images of {FASHION_EDGE} pixels"
+    require(fits, argument=str(folder / prefix), value=images.shape, remedy=remedy)
+    return images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", dims=1).astype(np.int64)
+
+
+def _cifar10(folder: Path, part: str) -> tuple[NDArray[np.uint8], Labels]:
+    """The binary version: records of a label and 3 x 32 x 32 bytes, red first (A. Krizhevsky's page on CIFAR-10)."""
+    files = sorted(folder.glob("data_batch_*.bin" if part == "train" else "test_batch.bin"))
+    record = 1 + 3 * COLOUR_EDGE**2
+    content = b"".join(file.read_bytes() for file in files)
+    fits, remedy = len(content) > 0 and len(content) % record == 0, f"no whole records in it: {WHERE['cifar10']}"
+    require(fits, argument="dataset.folder", value=str(folder), remedy=remedy)
+    records = np.frombuffer(content, np.uint8).reshape(-1, record)
+    return _grey(records[:, 1:].reshape(-1, 3, COLOUR_EDGE, COLOUR_EDGE)), records[:, 0].astype(np.int64)
+
+
+def _svhn(folder: Path, part: str) -> tuple[NDArray[np.uint8], Labels]:
+    """Cropped digits: ``X`` [32, 32, 3, N] and ``y`` [N, 1] with 10 for zero (Netzer et al. 2011)."""
+    from scipy.io import loadmat
+
+    file = folder / f"{part}_32x32.mat"
+    require(file.is_file(), argument="dataset.folder", value=str(file), remedy=f"no such file: {WHERE['svhn']}")
+    content = loadmat(file, variable_names=("X", "y"))
+    label: Labels = content["y"].ravel().astype(np.int64) % 10
+    return _grey(content["X"].transpose(3, 2, 0, 1)), label
+
+
+def _grey(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Luma (ITU-R BT.601), uint8 [N, H, W], of red, green and blue [N, 3, H, W]."""
+    grey: NDArray[np.uint8] = np.rint(np.tensordot(LUMA, colours, axes=(0, 1))).astype(np.uint8)
+    return grey
 
 
 def read_idx(file: Path, *, dims: int) -> NDArray[np.uint8]:

@@ -1,11 +1,12 @@
 """One run of a study: a federation in one process, out of the very parts that NVFlare's executor and controllers use.
 
-A round is ``train_round`` and ``formed`` at each site, an aggregator, and ``moved``: only the messages are missing. What
-an update weighs is what NVFlare's own serialisation makes of it.
+A round is ``train_round`` and ``formed`` at each site, an aggregator, and ``moved``: only the messages are missing. The
+bytes of an update are those that NVFlare's own serialisation makes of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from custom.aggregators.robust_average import RobustAverage
 from custom.client_sampling import drawn_sites
 from custom.codec import to_numpy, wire_bytes
 from custom.config import ExperimentConfig
-from custom.device import keep_freed_memory
+from custom.device import use
 from custom.diffusion.schedule import build_schedule
 from custom.drawing import draw
 from custom.local_epochs import next_span
@@ -37,21 +38,27 @@ from custom.strict import require
 from custom.study.attackers import poisoned_images, poisoned_update, trigger_rate
 from custom.study.config import AttackConfig, Case, Run
 from custom.study.datasets import StudyData, central, load, sites_of, test_cohort
-from custom.study.metrics import band_losses, classifier_accuracy, diversity, features, kid_with_interval
-from custom.study.metrics import membership_auc
+from custom.study.metrics import (
+    band_losses,
+    classifier_accuracy,
+    diversity,
+    features,
+    kid_with_interval,
+    membership_auc,
+)
 from custom.training import as_section, held_out_loss, section, train_round
 from custom.update_form import formed
 from medical_data.cache import build_once
-from medical_data.cohort import Cohort
+from medical_data.cohort import Cohort, Part
 
 BANDS = 4
 MOST_MEMBERS = 200  # images of each kind that the membership attack looks at
 MOST_REAL = 512  # real images of each kind that samples are compared with
 METRIC_SEED = 20_231_128  # the same noise and pairs for every run, so that runs differ by their models
 REFERENCE_IMAGES = 128
+PARTS: tuple[Part, Part] = ("train", "held_out")
 
 Images = NDArray[np.float32]
-CPU = torch.device("cpu")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -83,7 +90,7 @@ class Federation:
 
 
 def run_case(run: Run, home: Path) -> dict[str, float]:
-    """Train one case with one seed on the CPU, and measure what came out.
+    """Train one case with one seed, on CUDA where there is one, and measure what came out.
 
     Args:
         run: which.
@@ -92,8 +99,7 @@ def run_case(run: Run, home: Path) -> dict[str, float]:
     Returns:
         Metrics by name; see docs/study.md.
     """
-    keep_freed_memory()
-    case, experiment = run.case, run.experiment
+    case, experiment, device = run.case, run.experiment, use(HardwareConfig())
     remedy = "leave it out: a study denoises images"
     require(experiment.autoencoder is None, argument="autoencoder", value=experiment.autoencoder, remedy=remedy)
     data = load(case.dataset, experiment.preprocess, home)
@@ -101,11 +107,11 @@ def run_case(run: Run, home: Path) -> dict[str, float]:
     named = {f"site-{place + 1:02d}": cohort for place, cohort in enumerate(cohorts)}
     start = time.monotonic()
     if case.kind == "local":
-        federations = [trained(experiment, {site: cohort}) for site, cohort in named.items()]
+        federations = [trained(experiment, {site: cohort}, device) for site, cohort in named.items()]
     elif case.kind == "central":
-        federations = [trained(experiment, {"central": central(cohorts)})]
+        federations = [trained(experiment, {"central": central(cohorts)}, device)]
     else:
-        federations = [trained(experiment, named, attack=case.attack, reference=_reference(data))]
+        federations = [trained(experiment, named, device, attack=case.attack, reference=_reference(data))]
     train_seconds = time.monotonic() - start
     models = [federation.model for federation in federations]
     honest = list(named.items())[: len(named) - (case.attack.sites if case.attack else 0)]
@@ -114,24 +120,28 @@ def run_case(run: Run, home: Path) -> dict[str, float]:
         "rounds": float(len(federations[0].records)),
         "steps": float(sum(federation.steps for federation in federations)),
         "train_seconds": train_seconds,
-        "bytes_up": sum(federation.bytes_up for federation in federations) / case.sites,
-        "bytes_down": sum(federation.bytes_down for federation in federations) / case.sites,
         "refused": float(sum(len(record.refused) for one in federations for record in one.records)),
-        **_means([_losses(model, tested.images) for model in models]),
-        **_means([{"membership_auc": _membership(model, everyone, tested)} for model in models]),
-        **_of_samples(models, case, data, everyone, home),
+        **_means([_losses(model, tested.images, MOST_REAL // len(models)) for model in models]),
+        **_means([_membership(model, everyone, tested, MOST_MEMBERS // len(models)) for model in models]),
+        **_of_samples(models, case, data, home, device),
     }
+    if case.kind == "federated":
+        found |= {
+            "bytes_up": federations[0].bytes_up / case.sites,
+            "bytes_down": federations[0].bytes_down / case.sites,
+        }
     of_site = dict(zip(named, models, strict=True)) if case.kind == "local" else dict.fromkeys(named, models[0])
-    losses = [held_out(of_site[site].ema, cohort, experiment) for site, cohort in honest]
+    losses = [_held_out(of_site[site].ema, cohort, experiment, device) for site, cohort in honest]
     found["site_loss"] = float(np.mean(losses))
     if experiment.personal is not None:
-        found |= _personal(federations[0], dict(honest))
+        found |= _personal(federations[0], dict(honest), device)
     return found
 
 
 def trained(
     experiment: ExperimentConfig,
     cohorts: Mapping[str, Cohort],
+    device: torch.device,
     *,
     attack: AttackConfig | None = None,
     reference: Images | None = None,
@@ -141,12 +151,13 @@ def trained(
     Args:
         experiment: what is trained.
         cohorts: by site.
+        device: where to compute.
         attack: what the last sites do instead; None if all are honest.
         reference: the server's public images, for ``federation.robust.reference``.
     """
     malicious = set() if attack is None else set(list(cohorts)[len(cohorts) - attack.sites :])
     if attack is not None:
-        cohorts = {s: _poisoned(c, attack, experiment) if s in malicious else c for s, c in cohorts.items()}
+        cohorts = {s: _poisoned(c, attack, experiment, device) if s in malicious else c for s, c in cohorts.items()}
     federation = Federation(experiment=experiment, cohorts=cohorts, model=initial_model(experiment))
     for number in range(experiment.federation.rounds):
         span = next_span(stage_of(experiment, number), number, federation.records)
@@ -155,7 +166,7 @@ def trained(
         asked = drawn_sites(list(cohorts), experiment, number)
         model, names = federation.model, round_parts(experiment, number).shared
         weights = {**stage_of(experiment, number).needed(model.weights), **server_variates(model, names)}
-        average = _average(experiment, number, weights, reference)
+        average = _average(experiment, number, weights, reference, device)
         down = wire_bytes(to_numpy(weights))
         for site in asked:
             federation.bytes_down += down
@@ -167,7 +178,7 @@ def trained(
                 config=experiment,
                 site=site,
                 round_number=number,
-                device=CPU,
+                device=device,
                 span=span,
             )
             difference: Mapping[str, Tensor] = update.difference
@@ -195,13 +206,12 @@ def trained(
     return federation
 
 
-def held_out(weights: Mapping[str, Tensor], cohort: Cohort, experiment: ExperimentConfig) -> float:
-    """Loss of a model on a site's own held-out patients."""
-    return held_out_loss(stage_objective(experiment, stages(experiment)[-1], weights, CPU), cohort, CPU)
-
-
 def _average(
-    experiment: ExperimentConfig, number: int, weights: Mapping[str, Tensor], reference: Images | None
+    experiment: ExperimentConfig,
+    number: int,
+    weights: Mapping[str, Tensor],
+    reference: Images | None,
+    device: torch.device,
 ) -> InTimeAverage | RobustAverage:
     shapes, robust = update_shapes(experiment, number), experiment.federation.robust
     if robust is None:
@@ -213,69 +223,64 @@ def _average(
             weights=weights,
             experiment=experiment,
             stage=stage_of(experiment, number),
-            device=CPU,
+            device=device,
             tolerance=robust.reference_tolerance,
         )
     return RobustAverage(shapes, experiment, robust, judge)
 
 
-def _poisoned(cohort: Cohort, attack: AttackConfig, experiment: ExperimentConfig) -> Cohort:
+def _poisoned(cohort: Cohort, attack: AttackConfig, experiment: ExperimentConfig, device: torch.device) -> Cohort:
     """A malicious site's images; ``generated`` are samples of a model that the site has trained alone before."""
     samples = None
     if attack.kind == "generated":
         honest = replace(experiment, federation=replace(experiment.federation, robust=None, server_optimizer=None))
-        samples = draw(trained(honest, {"alone": cohort}).model, count=64, device=CPU)
+        samples = draw(trained(honest, {"alone": cohort}, device).model, count=64, device=device)
     return replace(cohort, images=poisoned_images(attack.kind, np.array(cohort.images), generated=samples))
 
 
 def _reference(data: StudyData) -> Images:
     """The server's public images: of test patients, who are at no site."""
     rows = data.rows(data.test)
-    return data.images[rows[np.linspace(0, len(rows) - 1, min(REFERENCE_IMAGES, len(rows))).astype(int)]]
+    return data.images[_places(rows, REFERENCE_IMAGES)]
 
 
-def _losses(model: ModelFile, images: Images) -> dict[str, float]:
+def _losses(model: ModelFile, images: Images, most: int) -> dict[str, float]:
     network, schedule = model.sampling_network()
-    losses = band_losses(network, schedule, _some(images, MOST_REAL), bands=BANDS, seed=METRIC_SEED)
+    losses = band_losses(network, schedule, _some(images, most), bands=BANDS, seed=METRIC_SEED)
     by_band = {f"test_loss_band_{band + 1}": float(loss) for band, loss in enumerate(losses.own)}
     return {"test_loss": float(losses.own.mean()), "test_loss_epsilon": float(losses.epsilon.mean()), **by_band}
 
 
-def _membership(model: ModelFile, members: Cohort, others: Cohort) -> float:
+def _membership(model: ModelFile, members: Cohort, others: Cohort, most: int) -> dict[str, float]:
     network, schedule = model.sampling_network()
-    inside, outside = (
-        _some(cohort.images[cohort.rows(part)], MOST_MEMBERS)
-        for cohort, part in ((members, "train"), (others, "held_out"))
-    )
-    return membership_auc(network, schedule, inside, outside, seed=METRIC_SEED)
+    inside = _some(members.images[members.rows("train")], most)
+    outside = _some(others.images[others.rows("held_out")], most)
+    return {"membership_auc": membership_auc(network, schedule, inside, outside, seed=METRIC_SEED)}
 
 
 def _of_samples(
-    models: Sequence[ModelFile], case: Case, data: StudyData, everyone: Cohort, home: Path
+    models: Sequence[ModelFile], case: Case, data: StudyData, home: Path, device: torch.device
 ) -> dict[str, float]:
     """How good and how varied samples are; those of local models are a mixture of all sites'."""
-    samples = np.concatenate([draw(model, count=-(-case.images // len(models)), device=CPU) for model in models])
+    samples = np.concatenate([draw(model, count=-(-case.images // len(models)), device=device) for model in models])
     samples = samples[: case.images]
     test_rows = _places(data.rows(data.test), MOST_REAL)
     pool_rows = _places(data.rows(~data.test), MOST_REAL)
-    key = f"{case.dataset.kind}-{len(data.images)}-{data.images.shape[-1]}-{data.images.ndim}"
-    real = _real_features(home / "features" / key, data, test_rows, pool_rows)
+    real, pool = (_real_features(data.images[rows], home) for rows in (test_rows, pool_rows))
     made = features(_planes(samples))
-    kid = kid_with_interval(made, real["test"], seed=METRIC_SEED)
+    kid = kid_with_interval(made, real, seed=METRIC_SEED)
     accuracy = classifier_accuracy(
-        made, real["pool"], data.image_label[pool_rows], real["test"], data.image_label[test_rows], seed=METRIC_SEED
+        made, pool, data.image_label[pool_rows], real, data.image_label[test_rows], seed=METRIC_SEED
     )
     per_patient = int(np.bincount(data.patient).max())
     varied = {}
-    if min(len(made), len(real["test"])) > per_patient + 3:
-        varied = diversity(
-            _planes(samples), made, real["test"], images_per_patient=per_patient, seed=METRIC_SEED
-        )
+    if min(len(made), len(real)) > per_patient + 3:
+        varied = diversity(_planes(samples), made, real, images_per_patient=per_patient, seed=METRIC_SEED)
     return {
         "effnet_kid": kid.kid,
         "effnet_kid_low": kid.low,
         "effnet_kid_high": kid.high,
-        "effnet_kid_real": kid_with_interval(real["pool"][: len(made)], real["test"], seed=METRIC_SEED).kid,
+        "effnet_kid_real": kid_with_interval(pool[: len(made)], real, seed=METRIC_SEED).kid,
         "accuracy_generated": accuracy["trained_on_generated"],
         "accuracy_real": accuracy["trained_on_real"],
         **varied,
@@ -283,19 +288,24 @@ def _of_samples(
     }
 
 
-def _real_features(folder: Path, data: StudyData, test: NDArray[np.int64], pool: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+def _real_features(images: Images, home: Path) -> NDArray[np.float64]:
     """Features of real images, computed once for all runs."""
-
-    def build(partial: Path) -> None:
-        for name, rows in (("test", test), ("pool", pool)):
-            np.save(partial / f"{name}.npy", features(_planes(data.images[rows])))
-
+    pixels = np.ascontiguousarray(_planes(images))
+    folder = home / "features" / hashlib.sha256(pixels.tobytes()).hexdigest()[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    build_once(folder, build)
-    return {name: np.load(folder / f"{name}.npy") for name in ("test", "pool")}
+    build_once(folder, lambda partial: np.save(partial / "features.npy", features(pixels)))
+    found: NDArray[np.float64] = np.load(folder / "features.npy")
+    return found
 
 
-def _personal(federation: Federation, honest: Mapping[str, Cohort]) -> dict[str, float]:
+def _held_out(
+    weights: Mapping[str, Tensor], cohort: Cohort, experiment: ExperimentConfig, device: torch.device
+) -> float:
+    """Loss of a model on a site's own held-out patients."""
+    return held_out_loss(stage_objective(experiment, stages(experiment)[-1], weights, device), cohort, device)
+
+
+def _personal(federation: Federation, honest: Mapping[str, Cohort], device: torch.device) -> dict[str, float]:
     """The sites' own models on their own held-out patients, and what these models give away of the others."""
     experiment, found = federation.experiment, []
     for site, cohort in honest.items():
@@ -305,16 +315,16 @@ def _personal(federation: Federation, honest: Mapping[str, Cohort]) -> dict[str,
             state=federation.states.get(site, {}),
             config=experiment,
             site=site,
-            device=CPU,
+            device=device,
             hardware=HardwareConfig(),
         )
         network, schedule = model_denoiser(experiment, models.personal), build_schedule(experiment.schedule)
-        inside, outside = (_some(cohort.images[cohort.rows(part)], MOST_MEMBERS) for part in ("train", "held_out"))
+        inside, outside = (_some(cohort.images[cohort.rows(part)], MOST_MEMBERS) for part in PARTS)
         whole = model_denoiser(experiment, federation.model.ema)
         found.append(
             {
-                "personal_loss": held_out(models.personal, cohort, experiment),
-                "local_loss": held_out(models.local, cohort, experiment),
+                "personal_loss": _held_out(models.personal, cohort, experiment, device),
+                "local_loss": _held_out(models.local, cohort, experiment, device),
                 "personal_membership_auc": membership_auc(network, schedule, inside, outside, seed=METRIC_SEED),
                 "site_membership_auc": membership_auc(whole, schedule, inside, outside, seed=METRIC_SEED),
             }
@@ -328,7 +338,7 @@ def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _places(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """As many, spread evenly."""
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+    return np.asarray(rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)])
 
 
 def _some(images: Images, most: int) -> Images:

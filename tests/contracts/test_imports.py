@@ -34,7 +34,14 @@ FORBIDDEN = {
     "custom.validators": ("poc", "opacus", "custom.commands", "custom.cli"),
     "custom.codec": ("poc", "opacus", "custom.commands", "custom.cli", *GLUE),
     # Takes the federation apart to put it together again in one process.
-    "custom.study": ("poc", "nvflare", "opacus", "custom.commands", "custom.cli", *(set(GLUE) - {"custom.aggregators"})),
+    "custom.study": (
+        "poc",
+        "nvflare",
+        "opacus",
+        "custom.commands",
+        "custom.cli",
+        *(set(GLUE) - {"custom.aggregators"}),
+    ),
     "custom.cli": ("nvflare", "opacus", *GLUE),
     "custom.commands": ("nvflare", "opacus", *GLUE),
     "custom": ("poc", "nvflare", "opacus", "custom.commands", "custom.cli", "custom.codec", "custom.study", *GLUE),

@@ -181,7 +181,9 @@ def test_the_same_numbers_go_under_the_masks_of_another_session(
     site = Site(tmp_path, masked, monkeypatch)
     asked, under = asked_of(site), []
     for sites in (3, 2):
-        masking = SimpleNamespace(sites=sites, values=lambda arrays, *_, **__: under.append(arrays) or np.zeros(1, np.uint32))
+        masking = SimpleNamespace(
+            sites=sites, values=lambda arrays, *_, **__: under.append(arrays) or np.zeros(1, np.uint32)
+        )
         monkeypatch.setattr(diffusion_trainer, "_masking", lambda *_, masking=masking: masking)
         diffusion_trainer._masked_work(asked, tasks.TRAIN, site.weights(0), site.header(0), ToSite())
     assert same(*under)

@@ -353,3 +353,37 @@ def test_all_test_patients_are_held_out() -> None:
     assert cohort.rows("train").size == 0
     with pytest.raises(ConfigError, match=r"data\.test"):
         datasets.test_cohort(study([1, 1], [0, 0], [False, False]))
+
+
+def test_colour_collections_are_read_in_greys(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    rng = np.random.default_rng(0)
+    colours, label = rng.integers(0, 256, (40, 3, 32, 32), dtype=np.uint8), np.arange(40) % 10
+    records = np.concatenate([label[:, None].astype(np.uint8), colours.reshape(40, -1)], axis=1)
+    cifar, svhn = tmp_path / "cifar", tmp_path / "svhn"
+    cifar.mkdir(), svhn.mkdir()
+    (cifar / "data_batch_1.bin").write_bytes(records[:20].tobytes())
+    (cifar / "data_batch_2.bin").write_bytes(records[20:].tobytes())
+    (cifar / "test_batch.bin").write_bytes(records[:20].tobytes())
+    digits = np.where(label == 0, 10, label)[:, None].astype(np.uint8)  # SVHN says 10 for zero
+    for part in ("train", "test"):
+        savemat(svhn / f"{part}_32x32.mat", {"X": colours.transpose(2, 3, 1, 0), "y": digits})
+    preprocess = PreprocessConfig(spatial_dims=2, size=32, window_hu=(-1000, 600), images_per_patient=1)
+    for kind, folder in (("cifar10", cifar), ("svhn", svhn)):
+        config = build(DatasetConfig, {"kind": kind, "train": 40, "test": 20, "folder": str(folder)}, "dataset")
+        data = load(config, preprocess, tmp_path / "home")
+        grey = 0.299 * colours[:, 0] + 0.587 * colours[:, 1] + 0.114 * colours[:, 2]  # slow and obvious
+        assert np.abs((data.images[:40, 0] + 1) * 127.5 - grey).max() <= 0.51
+        assert (data.label[:40] == label).all()
+        assert data.test.sum() == 20
+
+
+@pytest.mark.parametrize(("kind", "said"), [("cifar10", "data_batch_1.bin"), ("svhn", "train_32x32.mat")])
+def test_a_missing_colour_collection_says_what_to_do(kind: str, said: str, tmp_path: Path) -> None:
+    preprocess = PreprocessConfig(spatial_dims=2, size=32, window_hu=(-1000, 600), images_per_patient=1)
+    config = build(DatasetConfig, {"kind": kind, "train": 40, "test": 20, "folder": str(tmp_path)}, "dataset")
+    with pytest.raises(ConfigError, match=said):
+        load(config, preprocess, tmp_path / "home")
+    with pytest.raises(ConfigError, match=said):
+        build(DatasetConfig, {"kind": kind, "train": 40, "test": 20}, "dataset")

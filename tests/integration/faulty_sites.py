@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +21,20 @@ import torch
 from nvflare.apis.dxo import DataKind, MetaKey, from_shareable
 from nvflare.apis.executor import Executor
 from nvflare.apis.filter import Filter
+from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.fuel.f3.connection import BytesAlike
+from nvflare.fuel.f3.drivers.socket_conn import SocketConnection
 
 from custom import tasks
 from custom.codec import read_task, update_reply
+from custom.executors import diffusion_trainer
 from custom.executors.diffusion_trainer import DiffusionTrainer
+from custom.study.attackers import poisoned_update
+from custom.training import LocalUpdate
 
 
 class Recorder(Filter):
@@ -44,6 +54,27 @@ class Recorder(Filter):
         file = self._folder / f"{fl_ctx.get_identity_name()}.{uuid.uuid4().hex}.pickle"
         file.write_bytes(pickle.dumps(dict(shareable)))
         return shareable
+
+
+class WireMeter(FLComponent):
+    """Writes down the length of every frame that this process hands to a TCP socket, from the start of the job.
+
+    Args:
+        folder: where; one file a process, a line a frame.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        file = Path(folder) / f"{os.getpid()}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sent, lock = SocketConnection.send_frame, threading.Lock()
+
+        def metered(connection: SocketConnection, frame: BytesAlike) -> None:
+            with lock, file.open("a") as stream:
+                stream.write(f"{len(frame)}\n")
+            sent(connection, frame)
+
+        SocketConnection.send_frame = metered
 
 
 class Careless(Executor):
@@ -73,6 +104,22 @@ def kill_site() -> None:
         os.kill(process, signal.SIGKILL)
 
 
+@contextmanager
+def flipped_updates(scale: float) -> Iterator[None]:
+    """While it lasts a round in this process ends with -scale times its update, before any gate and any mask."""
+    honest = diffusion_trainer.train_round
+
+    def train(**arguments: object) -> LocalUpdate:
+        update = honest(**arguments)
+        return replace(update, difference=poisoned_update("sign_flip", update.difference, scale=scale))
+
+    diffusion_trainer.train_round = train
+    try:
+        yield
+    finally:
+        diffusion_trainer.train_round = honest
+
+
 class FaultySite(DiffusionTrainer):
     """Behaves as the site's name says; ``good-…`` is honest.
 
@@ -81,13 +128,15 @@ class FaultySite(DiffusionTrainer):
             work is done and before the reply leaves; they are honest in others.
         asked: a file; the first ``shy-…`` of a run that is asked to open an encrypted sum writes it and errs.
         fell: name of a provisioned site all of whose processes are killed when it is first asked to train.
+        scale: of what ``flipped-…`` sends: so many times its update, with the opposite sign.
     """
 
-    def __init__(self, error_round: int = 0, asked: str = "", fell: str = "") -> None:
+    def __init__(self, error_round: int = 0, asked: str = "", fell: str = "", scale: float = 1.0) -> None:
         super().__init__()
         self._error_round = error_round
         self._asked = Path(asked)
         self._fell = fell
+        self._scale = scale
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do the task, then spoil the reply."""
@@ -107,7 +156,8 @@ class FaultySite(DiffusionTrainer):
         if task_name == "decrypt" and fault == "shy" and not self._asked.exists():
             self._asked.write_text(fl_ctx.get_identity_name())
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
-        reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
+        with flipped_updates(self._scale) if fault == "flipped" else nullcontext():
+            reply = super().execute(task_name, shareable, fl_ctx, abort_signal)
         if fault == "late" and its_round:
             os.kill(os.getpid(), signal.SIGKILL)
         if reply.get_return_code() != ReturnCode.OK or task_name != "train":

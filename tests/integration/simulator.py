@@ -62,11 +62,13 @@ def write_job(
     faulty: Mapping[str, Any] | None = None,
     executor: str = "FaultySite",
     recorded: Path | None = None,
+    metered: Path | None = None,
     resume_run: str = "",
 ) -> Path:
     """The repository's job for such an experiment, with that experiment and other sites.
 
-    ``faulty`` swaps the executor and, unless encrypted, drops the gate; ``recorded`` adds a filter behind all others.
+    ``faulty`` swaps the executor and, unless encrypted, drops the gate; ``recorded`` adds a filter behind all others,
+    ``metered`` a component that counts bytes.
     ``executor`` is the class in :mod:`faulty_sites` that ``faulty`` gives arguments to.
     """
     name = "ct_ddpm" if experiment.privacy is None else "ct_ddpm_dp"
@@ -92,6 +94,8 @@ def write_job(
         recorder = {"path": "faulty_sites.Recorder", "args": {"folder": str(recorded)}}
         for entry in client["task_result_filters"]:
             entry["filters"].append(recorder)
+    if metered is not None:
+        client["components"].append({"id": "meter", "path": "faulty_sites.WireMeter", "args": {"folder": str(metered)}})
     (config / "config_fed_client.json").write_text(json.dumps(client))
     server = json.loads((source / "app/config/config_fed_server.json").read_text())
     if resume_run:
@@ -109,8 +113,11 @@ def simulate(
     threads: int,
     faulty: Mapping[str, Any] | None = None,
     recorded: Path | None = None,
+    metered: Path | None = None,
     resume_run: str = "",
     policy: str = "",
+    policies: Mapping[str, str] | None = None,
+    server: str = "",
     timeout: int = 400,
 ) -> Run:
     """Run the job.
@@ -122,8 +129,11 @@ def simulate(
         threads: NVFlare's ``-t``.
         faulty: arguments of :class:`faulty_sites.FaultySite`, which then stands in for the executor.
         recorded: folder in which :class:`faulty_sites.Recorder` keeps every reply that leaves a site.
+        metered: folder in which :class:`faulty_sites.WireMeter` counts what the sites' processes send.
         resume_run: name of a run to carry on.
         policy: the sites' ``policy = …`` line; one that lets everything pass by default.
+        policies: such lines of sites that have one of their own.
+        server: further lines of the server's table.
         timeout: seconds.
     """
     if not isinstance(sites, Mapping):
@@ -131,14 +141,18 @@ def simulate(
     policy = policy or policy_toml(peers=[] if experiment.secure_aggregation is None else sites)
     if experiment.secure_aggregation is not None:
         make_kits(base / "kits" / "server", {name: base / "kits" / name for name in sites})
-    job = write_job(base, experiment, list(sites), faulty=faulty, recorded=recorded, resume_run=resume_run)
+    own = dict.fromkeys(sites, policy) | dict(policies or {})
+    job = write_job(
+        base, experiment, list(sites), faulty=faulty, recorded=recorded, metered=metered, resume_run=resume_run
+    )
     site_file = base / "sites.toml"
     tables = [
-        f'[sites.{name}]\nhome = "sites/{name}"\nkit = "kits/{name}"\n{policy}\nhardware = {{ threads = 1 }}\n{data}\n'
+        f'[sites.{name}]\nhome = "sites/{name}"\nkit = "kits/{name}"\n{own[name]}\n'
+        f"hardware = {{ threads = 1 }}\n{data}\n"
         for name, data in sites.items()
     ]
-    server = '[server]\nruns = "runs"\nkit = "kits/server"\nhardware = { threads = 1 }\n\n'
-    site_file.write_text(server + "\n".join(tables))
+    head = f'[server]\nruns = "runs"\nkit = "kits/server"\nhardware = {{ threads = 1 }}\n{server}\n\n'
+    site_file.write_text(head + "\n".join(tables))
     local = base / "workspace" / "local"
     local.mkdir(parents=True, exist_ok=True)
     resources = json.loads((REPOSITORY / "simulator_workspace/local/resources.json").read_text())
