@@ -25,6 +25,7 @@ from custom.federation_config import (
 from custom.privacy_config import PrivacyConfig
 from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
+from custom.switch_rules import require_switches
 from medical_data.preprocess import PreprocessConfig
 from privacy.plan import DPConfig
 
@@ -344,7 +345,7 @@ class ExperimentConfig:
             _require_private(self)
         if self.encryption is not None:
             _require_encryptable(self)
-        _require_remedies(self)
+        require_switches(self)
         if self.audit is not None:
             _require_auditable(self, self.audit)
         require(
@@ -481,73 +482,6 @@ def _require_auditable(experiment: ExperimentConfig, audit: AuditConfig) -> None
     for name in ("privacy", "start_from", "encryption", "updates", "personal"):
         value = getattr(experiment, name)
         require(value is None, argument=name, value=value, remedy="leave it out of an audit: nothing is trained")
-
-
-def _require_remedies(experiment: ExperimentConfig) -> None:
-    """What the switches of :mod:`custom.federation_config` ask of each other and of the rest."""
-    federation, masks, training = experiment.federation, experiment.secure_aggregation, experiment.training
-    updates, personal, robust = experiment.updates, experiment.personal, federation.robust
-    few_bits = updates is not None and updates.bits is not None
-    if experiment.privacy is not None:
-        said = "leave it out with privacy: what leaves a site is what its plan noised and charged"
-        encoder = experiment.autoencoder and experiment.autoencoder.training
-        for name, value in (
-            ("training.proximal", training.proximal or None),
-            ("autoencoder.training.proximal", encoder and (encoder.proximal or None)),
-            ("training.local_epochs", training.local_epochs),
-            ("federation.control_variates", federation.control_variates or None),
-            ("updates", updates),
-            ("personal.parts", personal and personal.parts),
-            ("personal.below_timestep", personal and personal.below_timestep),
-            ("federation.robust.clip_norm", robust and robust.clip_norm),
-        ):
-            require(value is None, argument=name, value=value, remedy=said)
-        if experiment.privacy.dp == "central_secagg":
-            said = "leave it out with central_secagg: each round is a step of the server's own optimizer"
-            require(robust is None, argument="federation.robust", value=robust, remedy=said)
-            server = federation.server_optimizer
-            require(server is None, argument="federation.server_optimizer", value=server, remedy=said)
-    if experiment.encryption is not None:
-        said = "leave it out with encryption: the server adds ciphertexts of one layout and sees none"
-        for name, value in (("federation.robust", robust), ("updates", updates)):
-            require(value is None, argument=name, value=value, remedy=said)
-        variates = federation.control_variates
-        require(not variates, argument="federation.control_variates", value=variates, remedy=said)
-    groups, said = None if robust is None else robust.groups, "leave it out without secure_aggregation"
-    require(masks is not None or groups is None, argument="federation.robust.groups", value=groups, remedy=said)
-    if masks is not None and robust is not None:
-        said = "missing; give it under secure_aggregation: a rule sees groups' sums only"
-        blind = robust.rule != "mean" or robust.reference
-        require(not blind or groups is not None, argument="federation.robust.groups", value=groups, remedy=said)
-        least, each = federation.min_responses, max(2, masks.min_survivors) * (groups or 0)
-        said = f"give at least {each}: each of {groups} groups needs {max(2, masks.min_survivors)} survivors"
-        require(least >= each, argument="federation.min_responses", value=least, remedy=said)
-    ring = 32 if masks is None else masks.ring_bits
-    said = "give 16 or 32: a ring of 8 bits holds whole numbers of updates.bits = 4 only"
-    fits = ring != 8 or (updates is not None and updates.bits == 4)
-    require(fits, argument="secure_aggregation.ring_bits", value=ring, remedy=said)
-    if few_bits:
-        said, weighting = 'give "uniform": whole numbers of few bits are summed as they are', federation.weighting
-        require(masks is None or weighting == "uniform", argument="federation.weighting", value=weighting, remedy=said)
-        said, variates = "leave it out with updates.bits: drift is too fine for few bits", federation.control_variates
-        require(not variates, argument="federation.control_variates", value=variates, remedy=said)
-    if training.local_epochs is not None:
-        said = "leave it out with updates.bits under secure_aggregation: no loss is sent there"
-        require(masks is None or not few_bits, argument="training.local_epochs", value="auto", remedy=said)
-        said, first = "leave it out with autoencoder.rounds", experiment.autoencoder and experiment.autoencoder.rounds
-        require(not first, argument="training.local_epochs", value="auto", remedy=said)
-    if personal is not None:
-        rounds, first = federation.rounds, experiment.autoencoder.rounds if experiment.autoencoder else 0
-        said = f"give fewer than the denoiser's {rounds - first} rounds, or leave parts and below_timestep out"
-        shared = personal.shared_rounds
-        valid = not personal.split or shared < rounds - first
-        require(valid, argument="personal.shared_rounds", value=shared, remedy=said)
-        below, last = personal.below_timestep, experiment.schedule.timesteps
-        said = f"give less than schedule.timesteps = {last}"
-        require(below is None or below < last, argument="personal.below_timestep", value=below, remedy=said)
-    if experiment.autoencoder is not None and experiment.autoencoder.training is not None:
-        value, said = experiment.autoencoder.training.local_epochs, "leave it out: only the denoiser's rounds have it"
-        require(value is None, argument="autoencoder.training.local_epochs", value=value, remedy=said)
 
 
 def _require_encryptable(experiment: ExperimentConfig) -> None:

@@ -15,11 +15,11 @@ from custom.strict import require
 class AvailabilityConfig:
     """Which sites are there in a round; for jobs that study a federation whose sites come and go.
 
-    Exactly one of the two is given. Where fewer than ``federation.min_responses`` would be there, the next ones in the
-    draw are there, too.
+    Exactly one of the two is given.
 
     Attributes:
-        probability: with which each site is there, drawn (seeded) for each round.
+        probability: with which each site is there, drawn (seeded) for each round; where fewer than
+            ``federation.min_responses`` would be, the next ones in the draw are there, too.
         schedule: the sites that are there in round 1, 2, …; begins again after its end.
     """
 

@@ -103,11 +103,12 @@ def session_encoding(
 
 
 def session_ring(experiment: ExperimentConfig, task: str) -> RingBits:
-    """Bits of the ring of a task's sum: in a job with few bits figures still have a ring that holds them."""
+    """Bits of the ring of a task's sum: counts, and figures in a job with few bits, need 32."""
     asked = experiment.secure_aggregation
     assert asked is not None  # noqa: S101 - whoever calls this runs a job that has the block
     few = experiment.updates is not None and experiment.updates.bits is not None
-    return 32 if few and task != tasks.TRAIN else asked.ring_bits
+    whole = experiment.audit is not None or (few and task != tasks.TRAIN)
+    return 32 if whole else asked.ring_bits
 
 
 def vector_forms(experiment: ExperimentConfig) -> frozenset[tuple[int, RingBits]]:

@@ -33,8 +33,8 @@ from custom.he_packing import packed_size
 from custom.masked_vector import session_encoding, session_ring
 from custom.memory import LiveMemory
 from custom.private_training import patient_loss, trained_parameters
-from custom.site_file import HardwareConfig
 from custom.round_parts import every_update, update_shapes
+from custom.site_file import HardwareConfig
 from custom.stages import (
     Stage,
     fresh_weights,

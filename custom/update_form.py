@@ -62,15 +62,17 @@ def formed(
         bounds: the task's, under secure aggregation with few bits.
 
     Raises:
-        EgressRefused: NaN or infinity, or bounds that are none.
+        EgressRefused: NaN or infinity in an update of few bits, or bounds that are none.
+        EncodingRefused: NaN or infinity in one under masks.
     """
     arrays: dict[str, NDArray[Any]] = {name: tensor.numpy() for name, tensor in difference.items()}
-    robust, updates = config.federation.robust, config.updates
-    if robust is not None and robust.clip_norm is not None:
-        arrays = clipped(arrays, norm=robust.clip_norm)
+    norm = None if config.federation.robust is None else config.federation.robust.clip_norm
+    updates = config.updates
     if updates is None or updates.bits is None:
-        return Formed(arrays=arrays, lost={})
+        return Formed(arrays=arrays if norm is None else clipped(arrays, norm=norm), lost={})
+    # What a site owes counts towards the bound on its norm, and what that bound takes away is gone.
     wanted = fed_back(arrays, {name: tensor.numpy() for name, tensor in owed.items()})
+    wanted = wanted if norm is None else clipped(wanted, norm=norm)
     shapes = {name: array.shape for name, array in wanted.items()}
     if config.secure_aggregation is None:
         leaves = quantised(wanted, bits=updates.bits)

@@ -136,9 +136,16 @@ class SecureFedAvg(DiffusionFedAvg):
             return self._summed_once(task, arrays, header, asked, shapes, experiment)
         groups = grouped(asked, robust.groups, seed=experiment.seed, round_number=header.round_number)
         sums = [self._group_sum(task, arrays, header, group, shapes, experiment) for group in groups]
-        averages = [average for average in sums if average is not None]
-        without = [group for group, average in zip(groups, sums, strict=True) if average is None]
-        failed = {site: "its group gave no sum" for group in without for site in group}
+        judge = self._judge(arrays, header, experiment)
+        averages, failed = [], {}
+        for group, average in zip(groups, sums, strict=True):
+            reason = "its group gave no sum"
+            if average is not None:
+                reason = "" if judge is None else judge(average.arrays) or ""
+            if average is None or reason:
+                failed.update(dict.fromkeys(group, reason))
+            else:
+                averages.append(average)
         if len(averages) < max(robust.fewest, 1):
             remedy = f"federation.robust.rule needs {robust.fewest}; see those sites' logs"
             raise RoundVoid(f"{task} in round {header.round_number + 1}: {len(averages)} groups gave a sum; {remedy}")

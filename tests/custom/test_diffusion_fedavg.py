@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from custom.client_sampling import drawn_sites
 from custom.codec import TaskHeader, read_task, task_model
 from custom.config import ExperimentConfig
-from custom.client_sampling import drawn_sites
 from custom.controllers.diffusion_fedavg import DiffusionFedAvg, resumed
 from custom.controllers.secure_fedavg import SecureFedAvg
 from custom.diffusion.networks import build_network

@@ -169,7 +169,22 @@ CLASHES = [
     ("plain", ENCRYPTED | {"federation": {"control_variates": True}}, "federation.control_variates"),
     ("plain", {"federation": {"robust": {"rule": "median", "groups": 3}}}, "federation.robust.groups"),
     ("plain", MASKS | MEDIAN, "federation.robust.groups"),
-    ("plain", MASKS | {"federation": {"robust": {"reference": True}}}, "federation.robust.groups"),
+    (
+        "plain",
+        MASKS | {"federation": {"weighting": "uniform", "robust": {"reference": True}}},
+        "federation.robust.groups",
+    ),
+    ("plain", {"federation": {"robust": {"clip_norm": 1.0}}}, "federation.weighting"),
+    ("private", {"federation": {"robust": {"reference": True}}}, "federation.robust.reference"),
+    (
+        "plain",
+        {
+            "federation": {"weighting": "uniform", "robust": {"reference": True}},
+            "personal": {"below_timestep": 5, "shared_rounds": 1},
+        },
+        "federation.robust.reference",
+    ),
+    ("plain", {"training": {"local_epochs": "auto"}, "personal": {"parts": ["out.*"]}}, "training.local_epochs"),
     (
         "plain",
         MASKS | {"federation": {"min_responses": 5, "robust": {"rule": "median", "groups": 3}}},
@@ -221,9 +236,13 @@ TOGETHER = [
     ("plain", {"federation": {"availability": {"probability": 1.0}, "clients_per_round": 2}}),
     ("plain", {"federation": {"availability": {"schedule": [["a", "b"], ["b", "c"]]}}}),
     ("plain", MEDIAN),
-    ("plain", MASKS | {"federation": {"robust": {"clip_norm": 1.0}}}),
+    ("plain", MASKS | {"federation": {"weighting": "uniform", "robust": {"clip_norm": 1.0}}}),
     ("plain", MASKS | {"federation": {"min_responses": 6, "robust": {"rule": "median", "groups": 3}}}),
-    ("plain", MASKS | {"federation": {"min_responses": 4, "robust": {"reference": True, "groups": 2}}}),
+    (
+        "plain",
+        MASKS
+        | {"federation": {"weighting": "uniform", "min_responses": 4, "robust": {"reference": True, "groups": 2}}},
+    ),
     ("plain", {"updates": {"bits": 4, "parts": [["down_blocks.*"], ["up_blocks.*", "out.*"]]}}),
     ("plain", {"secure_aggregation": {"ring_bits": 8}, "updates": {"bits": 4}} | UNIFORM),
     ("plain", {"secure_aggregation": {"ring_bits": 16}, "updates": {"bits": 8}} | UNIFORM),

@@ -18,9 +18,9 @@ from custom.site_state import SiteState
 from custom.stages import stage_of
 from custom.training import (
     LocalUpdate,
+    PatientSampler,
     TrainingDiverged,
     _derived_seed,
-    PatientSampler,
     held_out_loss,
     train_round,
 )

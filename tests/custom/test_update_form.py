@@ -56,7 +56,7 @@ def with_bits(
     robust: RobustConfig | None = None,
 ) -> ExperimentConfig:
     updates = None if bits is None and parts is None else UpdatesConfig(bits=bits, parts=parts)
-    weighting: Literal["patients", "uniform"] = "patients" if ring is None else "uniform"
+    weighting: Literal["patients", "uniform"] = "patients" if ring is None and robust is None else "uniform"
     return replace(
         experiment,
         updates=updates,
