@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,264 +21,23 @@ from custom.federation_config import (
     PersonalConfig,
     UpdatesConfig,
 )
+from custom.model_config import (
+    NAME,
+    PRESETS,
+    AutoencoderConfig,
+    NetworkConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from custom.privacy_config import PrivacyConfig
 from custom.secure_config import SecureAggregationConfig
 from custom.strict import ConfigError, build, require
-from custom.switch_rules import require_switches
 from medical_data.preprocess import PreprocessConfig
 from privacy.plan import DPConfig
 
 EXPERIMENT_FILE = "experiment.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}")
 MOST_ENCRYPTED_NORM = 1000.0  # times a weight of a million and 500 sites is below 2³⁹, see custom.he_contexts
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """MONAI DiffusionModelUNet. One entry per resolution level in ``channels`` and ``attention``.
-
-    Attributes:
-        channels: feature channels of each level, each a multiple of ``norm_groups``.
-        attention: whether the level has self-attention.
-        res_blocks: residual blocks per level.
-        norm_groups: groups of every group normalisation.
-        head_channels: channels per attention head.
-    """
-
-    channels: tuple[int, ...]
-    attention: tuple[bool, ...]
-    res_blocks: int = 1
-    norm_groups: int = 8
-    head_channels: int = 32
-
-    def __post_init__(self) -> None:
-        require(
-            len(self.channels) >= 2,
-            argument="network.channels",
-            value=self.channels,
-            remedy="give at least two levels",
-        )
-        require(
-            len(self.attention) == len(self.channels),
-            argument="network.attention",
-            value=self.attention,
-            remedy=f"give {len(self.channels)} booleans, one per level",
-        )
-        require(
-            self.res_blocks >= 1,
-            argument="network.res_blocks",
-            value=self.res_blocks,
-            remedy="give at least 1",
-        )
-        require(
-            self.norm_groups >= 1 and all(c > 0 and c % self.norm_groups == 0 for c in self.channels),
-            argument="network.channels",
-            value=self.channels,
-            remedy=f"give positive multiples of norm_groups = {self.norm_groups}",
-        )
-        require(
-            self.head_channels >= 1
-            and all(c % self.head_channels == 0 for c, a in zip(self.channels, self.attention, strict=True) if a),
-            argument="network.head_channels",
-            value=self.head_channels,
-            remedy="give a divisor of the channels of every level with attention",
-        )
-
-
-PRESETS: Mapping[str, NetworkConfig] = {
-    "tiny": NetworkConfig(channels=(16, 32, 64), attention=(False, False, True)),
-    "base": NetworkConfig(
-        channels=(64, 128, 256, 256),
-        attention=(False, False, True, True),
-        res_blocks=2,
-        norm_groups=32,
-        head_channels=64,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Forward process of Ho et al. 2020 (arXiv:2006.11239) and what the network predicts.
-
-    Attributes:
-        timesteps: number of diffusion steps T.
-        noise: MONAI's name of the β schedule; ``cosine`` is arXiv:2102.09672, eq. 17.
-        prediction: ``epsilon`` (arXiv:2006.11239, eq. 14) or ``v`` (arXiv:2202.00512, app. D).
-    """
-
-    timesteps: int = 1000
-    noise: Literal["linear_beta", "scaled_linear_beta", "cosine"] = "cosine"
-    prediction: Literal["epsilon", "v"] = "v"
-
-    def __post_init__(self) -> None:
-        require(
-            self.timesteps >= 10,
-            argument="schedule.timesteps",
-            value=self.timesteps,
-            remedy="give at least 10",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """One site's work in one round.
-
-    Attributes:
-        steps_per_round: gradient steps a site makes in a round; with ``local_epochs``, in a local epoch.
-        batch_size: images per step; patients are drawn uniformly, then one of the patient's images. With differential
-            privacy there is none: the sampling rate decides.
-        learning_rate: peak of the cosine schedule over the whole run (all rounds).
-        warmup_steps: steps of linear warm-up at the start of the run.
-        weight_decay: AdamW's.
-        gradient_clip: bound on the L2 norm of a step's gradient, or None. With differential privacy there is none:
-            each patient's gradient is clipped.
-        proximal: μ of FedProx (arXiv:1812.06127, eq. 2), which draws a site's weights to the global ones; 0 is FedAvg.
-        local_epochs: ``auto``: a round has as many local epochs as :mod:`custom.local_epochs` says, few when the model
-            is nearly done, and the run ends once each site has made rounds × steps_per_round steps; None: one.
-    """
-
-    steps_per_round: int
-    batch_size: int | None = None
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
-    gradient_clip: float | None = None
-    proximal: float = 0.0
-    local_epochs: Literal["auto"] | None = None
-
-    def __post_init__(self) -> None:
-        remedy = "give ≥ 0"
-        require(self.proximal >= 0, argument="training.proximal", value=self.proximal, remedy=remedy)
-        require(
-            self.steps_per_round >= 1,
-            argument="training.steps_per_round",
-            value=self.steps_per_round,
-            remedy="give at least 1",
-        )
-        require(
-            self.batch_size is None or self.batch_size >= 1,
-            argument="training.batch_size",
-            value=self.batch_size,
-            remedy="give at least 1",
-        )
-        require(
-            0 < self.learning_rate < 1,
-            argument="training.learning_rate",
-            value=self.learning_rate,
-            remedy="give a value in (0, 1)",
-        )
-        require(
-            self.warmup_steps >= 0,
-            argument="training.warmup_steps",
-            value=self.warmup_steps,
-            remedy="give ≥ 0",
-        )
-        require(
-            self.weight_decay >= 0,
-            argument="training.weight_decay",
-            value=self.weight_decay,
-            remedy="give ≥ 0",
-        )
-        require(
-            self.gradient_clip is None or self.gradient_clip > 0,
-            argument="training.gradient_clip",
-            value=self.gradient_clip,
-            remedy="give a positive norm",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
-    """MONAI AutoencoderKL, on whose latents the denoiser then works (latent diffusion, arXiv:2112.10752).
-
-    Either its first rounds train it, or it is a frozen one; exactly one of ``rounds`` and ``frozen`` is given.
-
-    Attributes:
-        channels: feature channels of each level, each a multiple of ``norm_groups``; every level after the first halves
-            the image.
-        latent_channels: channels of the latents.
-        rounds: the first so many of ``federation.rounds`` train it, the others the denoiser.
-        frozen: name of a model in the server's folder of models whose autoencoder is used as it is.
-        training: a site's work in a round that trains it; None for that of the denoiser.
-        res_blocks: residual blocks per level.
-        norm_groups: groups of every group normalisation.
-        kl_weight: of the Kullback-Leibler divergence beside the mean absolute error.
-    """
-
-    channels: tuple[int, ...]
-    latent_channels: int = 4
-    rounds: int = 0
-    frozen: str | None = None
-    training: TrainingConfig | None = None
-    res_blocks: int = 1
-    norm_groups: int = 8
-    kl_weight: float = 1e-4
-
-    def __post_init__(self) -> None:
-        for name, least in (("latent_channels", 1), ("rounds", 0), ("res_blocks", 1), ("norm_groups", 1)):
-            value = getattr(self, name)
-            require(value >= least, argument=f"autoencoder.{name}", value=value, remedy=f"give at least {least}")
-        fits = len(self.channels) >= 2 and all(c > 0 and c % self.norm_groups == 0 for c in self.channels)
-        remedy = f"give at least two positive multiples of norm_groups = {self.norm_groups}"
-        require(fits, argument="autoencoder.channels", value=self.channels, remedy=remedy)
-        require(self.kl_weight >= 0, argument="autoencoder.kl_weight", value=self.kl_weight, remedy="give ≥ 0")
-        named = self.frozen is None or NAME.fullmatch(self.frozen) is not None
-        remedy = "give the name of a model, not a path"
-        require(named, argument="autoencoder.frozen", value=self.frozen, remedy=remedy)
-        remedy = "give rounds that train it, or the name of a frozen one; not both"
-        require(
-            (self.rounds > 0) == (self.frozen is None), argument="autoencoder.rounds", value=self.rounds, remedy=remedy
-        )
-        unused = self.frozen is not None and self.training is not None
-        remedy = "leave it out: a frozen autoencoder is not trained"
-        require(not unused, argument="autoencoder.training", value=self.training, remedy=remedy)
-
-    @property
-    def architecture(self) -> tuple[object, ...]:
-        """What decides the meaning of its weights."""
-        return self.channels, self.latent_channels, self.res_blocks, self.norm_groups
-
-    @property
-    def shrink(self) -> int:
-        """How much smaller the latents' edge is than the image's."""
-        return int(2 ** (len(self.channels) - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Pictures and figures that the server makes from the global model.
-
-    Attributes:
-        sampler: ``ddpm`` (arXiv:2006.11239, alg. 2), ``ddim`` (arXiv:2010.02502, η = 0) or
-            ``dpm_solver`` (DPM-Solver++(2M), arXiv:2211.01095), which needs the fewest steps.
-        steps: network evaluations per sample.
-        grid_every: rounds between two sample grids; 0 makes only the last one.
-        grid_images: samples in a grid.
-        evaluation_images: samples that the sites compare with their held-out patients after the last round.
-    """
-
-    sampler: Literal["ddpm", "ddim", "dpm_solver"] = "dpm_solver"
-    steps: int = 20
-    grid_every: int = 1
-    grid_images: int = 16
-    evaluation_images: int = 64
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 2, argument="sampling.steps", value=self.steps, remedy="give at least 2")
-        require(self.grid_every >= 0, argument="sampling.grid_every", value=self.grid_every, remedy="give ≥ 0")
-        require(
-            self.grid_images >= 1,
-            argument="sampling.grid_images",
-            value=self.grid_images,
-            remedy="give at least 1",
-        )
-        require(
-            self.evaluation_images >= self.grid_images,
-            argument="sampling.evaluation_images",
-            value=self.evaluation_images,
-            remedy=f"give at least grid_images = {self.grid_images}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +103,7 @@ class ExperimentConfig:
             _require_private(self)
         if self.encryption is not None:
             _require_encryptable(self)
-        require_switches(self)
+        _require_switches(self)
         if self.audit is not None:
             _require_auditable(self, self.audit)
         require(
@@ -493,3 +251,119 @@ def _require_encryptable(experiment: ExperimentConfig) -> None:
     require(fewest >= 2, argument="federation.min_responses", value=fewest, remedy=remedy)
     remedy = f"give at most {MOST_ENCRYPTED_NORM:g} with encryption: a sum over many sites could overflow otherwise"
     require(norm <= MOST_ENCRYPTED_NORM, argument="federation.max_update_norm", value=norm, remedy=remedy)
+
+
+def _require_switches(experiment: ExperimentConfig) -> None:
+    """What the switches ask of each other and of the rest: what makes no sense together is refused."""
+    _with_privacy(experiment)
+    _with_encryption(experiment)
+    _robust(experiment)
+    _few_bits(experiment)
+    _local_epochs(experiment)
+    _personal(experiment)
+
+
+def _with_privacy(experiment: ExperimentConfig) -> None:
+    if experiment.privacy is None:
+        return
+    training, federation, personal = experiment.training, experiment.federation, experiment.personal
+    robust, encoder = federation.robust, experiment.autoencoder and experiment.autoencoder.training
+    said = "leave it out with privacy: what leaves a site is what its plan noised and charged"
+    for name, value in (
+        ("training.proximal", training.proximal or None),
+        ("autoencoder.training.proximal", encoder and (encoder.proximal or None)),
+        ("training.local_epochs", training.local_epochs),
+        ("federation.control_variates", federation.control_variates or None),
+        ("updates", experiment.updates),
+        ("personal.parts", personal and personal.parts),
+        ("personal.below_timestep", personal and personal.below_timestep),
+        ("federation.robust.clip_norm", robust and robust.clip_norm),
+    ):
+        require(value is None, argument=name, value=value, remedy=said)
+    said = "leave it out with privacy: one noised update would not pass"
+    reference = robust is not None and robust.reference
+    require(not reference, argument="federation.robust.reference", value=reference, remedy=said)
+    if experiment.privacy.dp == "central_secagg":
+        said = "leave it out with central_secagg: each round is a step of the server's own optimizer"
+        require(robust is None, argument="federation.robust", value=robust, remedy=said)
+        server = federation.server_optimizer
+        require(server is None, argument="federation.server_optimizer", value=server, remedy=said)
+
+
+def _with_encryption(experiment: ExperimentConfig) -> None:
+    if experiment.encryption is None:
+        return
+    federation = experiment.federation
+    said = "leave it out with encryption: the server adds ciphertexts of one layout and sees none"
+    for name, value in (
+        ("federation.robust", federation.robust),
+        ("updates", experiment.updates),
+        ("federation.control_variates", federation.control_variates or None),
+    ):
+        require(value is None, argument=name, value=value, remedy=said)
+
+
+def _robust(experiment: ExperimentConfig) -> None:
+    federation, masks, robust = experiment.federation, experiment.secure_aggregation, experiment.federation.robust
+    if robust is None:
+        return
+    groups, said = robust.groups, "leave it out without secure_aggregation"
+    require(masks is not None or groups is None, argument="federation.robust.groups", value=groups, remedy=said)
+    weighted, said = federation.weighting == "patients", 'give "uniform": a malicious site says any number of patients'
+    valid = not weighted or robust.rule != "mean"  # other rules leave weights out
+    require(valid, argument="federation.weighting", value=federation.weighting, remedy=said)
+    if masks is not None:
+        said = "missing; give it under secure_aggregation: a rule sees groups' sums only"
+        blind = robust.rule != "mean" or robust.reference
+        require(not blind or groups is not None, argument="federation.robust.groups", value=groups, remedy=said)
+        fewest, least = max(2, masks.min_survivors), federation.min_responses
+        each = fewest * (groups or 0)
+        said = f"give at least {each}: each of {groups} groups needs {fewest} survivors"
+        require(least >= each, argument="federation.min_responses", value=least, remedy=said)
+    split = experiment.personal is not None and experiment.personal.below_timestep is not None
+    said = "leave it out with personal.below_timestep: the shared denoiser forgets the timesteps below"
+    require(not (robust.reference and split), argument="federation.robust.reference", value=True, remedy=said)
+
+
+def _few_bits(experiment: ExperimentConfig) -> None:
+    federation, masks, updates = experiment.federation, experiment.secure_aggregation, experiment.updates
+    bits = None if updates is None else updates.bits
+    ring = 32 if masks is None else masks.ring_bits
+    said = "give 16 or 32: a ring of 8 bits holds whole numbers of updates.bits = 4 only"
+    require(ring != 8 or bits == 4, argument="secure_aggregation.ring_bits", value=ring, remedy=said)
+    if bits is None:
+        return
+    said, weighting = 'give "uniform": whole numbers of few bits are summed as they are', federation.weighting
+    require(masks is None or weighting == "uniform", argument="federation.weighting", value=weighting, remedy=said)
+    said, variates = "leave it out with updates.bits: drift is too fine for few bits", federation.control_variates
+    require(not variates, argument="federation.control_variates", value=variates, remedy=said)
+    automatic = experiment.training.local_epochs
+    said = "leave it out with updates.bits under secure_aggregation: no loss is sent there"
+    require(masks is None or automatic is None, argument="training.local_epochs", value=automatic, remedy=said)
+
+
+def _local_epochs(experiment: ExperimentConfig) -> None:
+    encoder, personal = experiment.autoencoder, experiment.personal
+    if encoder is not None and encoder.training is not None:
+        value, said = encoder.training.local_epochs, "leave it out: only the denoiser's rounds have it"
+        require(value is None, argument="autoencoder.training.local_epochs", value=value, remedy=said)
+    if experiment.training.local_epochs is not None:
+        said = "leave it out with autoencoder.rounds"
+        alone = encoder is None or not encoder.rounds
+        require(alone, argument="training.local_epochs", value="auto", remedy=said)
+        said = "leave it out with personal.parts and personal.below_timestep: rounds are too few to count on"
+        whole = personal is None or not personal.split
+        require(whole, argument="training.local_epochs", value="auto", remedy=said)
+
+
+def _personal(experiment: ExperimentConfig) -> None:
+    personal = experiment.personal
+    if personal is None:
+        return
+    rounds = experiment.federation.rounds - (experiment.autoencoder.rounds if experiment.autoencoder else 0)
+    shared, said = personal.shared_rounds, f"give fewer than the denoiser's {rounds} rounds"
+    valid = not personal.split or shared < rounds
+    require(valid, argument="personal.shared_rounds", value=shared, remedy=said)
+    below, last = personal.below_timestep, experiment.schedule.timesteps
+    said = f"give less than schedule.timesteps = {last}"
+    require(below is None or below < last, argument="personal.below_timestep", value=below, remedy=said)

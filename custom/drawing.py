@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from custom.config import SamplingConfig
 from custom.device import images_at_once
 from custom.diffusion.sampler import sample
 from custom.latents import decoded
+from custom.model_config import SamplingConfig
 from custom.model_file import ModelFile
 
 MOST_AT_ONCE = 64

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from custom import tasks
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.device import fast_bfloat16, images_at_once, use
 from custom.diffusion.checkpointing import checkpointed
 from custom.diffusion.networks import Shapes
@@ -32,6 +32,7 @@ from custom.he_contexts import COEFF_MOD_BIT_SIZES, POLY_MODULUS_DEGREE
 from custom.he_packing import packed_size
 from custom.masked_vector import session_encoding, session_ring
 from custom.memory import LiveMemory
+from custom.model_config import TrainingConfig
 from custom.private_training import patient_loss, trained_parameters
 from custom.round_parts import every_update, update_shapes
 from custom.site_file import HardwareConfig

@@ -15,12 +15,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.autoencoder import Autoencoder, build_autoencoder
 from custom.diffusion.networks import Shapes, build_network
 from custom.diffusion.objective import Objective, denoising, reconstructing
 from custom.diffusion.schedule import build_schedule
 from custom.diffusion.split_denoiser import LOW_NOISE, SplitDenoiser
+from custom.model_config import TrainingConfig
 
 PREFIX = "autoencoder."  # of its tensors' names in a model and in messages; the denoiser's have none
 

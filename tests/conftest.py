@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from custom.config import (
-    AutoencoderConfig,
-    ExperimentConfig,
-    FederationConfig,
-    NetworkConfig,
-    SamplingConfig,
-    TrainingConfig,
-)
+from custom.config import ExperimentConfig, FederationConfig
+from custom.model_config import AutoencoderConfig, NetworkConfig, SamplingConfig, TrainingConfig
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig

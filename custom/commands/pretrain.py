@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from custom.config import ExperimentConfig, TrainingConfig
+    from custom.config import ExperimentConfig
+    from custom.model_config import TrainingConfig
 
 BATCH_SIZE = 16  # where the job has none
 
@@ -128,7 +129,7 @@ def _public(job: ExperimentConfig, steps: int, *, given: bool) -> ExperimentConf
 
 
 def _public_training(training: TrainingConfig, steps: int) -> TrainingConfig:
-    from custom.config import TrainingConfig
+    from custom.model_config import TrainingConfig
 
     size = training.batch_size or BATCH_SIZE
     return TrainingConfig(steps_per_round=steps, batch_size=size, gradient_clip=1.0)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from custom.config import SamplingConfig
+from custom.model_config import SamplingConfig
 
 
 def register(subparsers: argparse._SubParsersAction[Any]) -> None:

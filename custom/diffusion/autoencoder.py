@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from custom.config import AutoencoderConfig
 from custom.diffusion.light_monai import light_monai
+from custom.model_config import AutoencoderConfig
 
 with light_monai():
     from monai.networks.nets.autoencoderkl import AutoencoderKL

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from custom.config import NetworkConfig
 from custom.diffusion.light_monai import light_monai
+from custom.model_config import NetworkConfig
 
 with light_monai():
     from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from custom.config import AutoencoderConfig
 from custom.diffusion.autoencoder import autoencoder_loss
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.schedule import Schedule
+from custom.model_config import AutoencoderConfig
 
 Shape = tuple[int, ...]
 

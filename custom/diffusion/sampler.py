@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from custom.config import SamplingConfig
 from custom.diffusion.schedule import Schedule
+from custom.model_config import SamplingConfig
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from custom.config import ScheduleConfig
 from custom.diffusion.light_monai import light_monai
+from custom.model_config import ScheduleConfig
 
 with light_monai():
     from monai.networks.schedulers import DDPMScheduler

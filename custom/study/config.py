@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from custom.config import NAME, ExperimentConfig
+from custom.config import ExperimentConfig
+from custom.model_config import NAME
 from custom.strict import ConfigError, build, require
 from custom.study.datasets import FEWEST_PATIENTS, DatasetConfig
 from medical_data.cache import canonical_json

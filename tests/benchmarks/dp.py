@@ -38,11 +38,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from custom.config import PRESETS, ScheduleConfig
 from custom.device import keep_freed_memory
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
+from custom.model_config import PRESETS, ScheduleConfig
 from privacy.dpsgd import PatientSGD
 from privacy.plan import DPConfig, calibrate
 

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from custom.config import PRESETS, ExperimentConfig, NetworkConfig, SamplingConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.federation_config import FederationConfig
+from custom.model_config import PRESETS, NetworkConfig, SamplingConfig, TrainingConfig
 from custom.training import train_round
 from medical_data.cohort import Cohort
 from medical_data.preprocess import PreprocessConfig

@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from custom.config import PRESETS, ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.device import use
 from custom.diffusion.checkpointing import checkpointed
 from custom.federation_config import FederationConfig
+from custom.model_config import PRESETS, TrainingConfig
 from custom.preflight import estimate, step_bytes
 from custom.site_file import HardwareConfig
 from custom.stages import fresh_weights, stage_objective, stages

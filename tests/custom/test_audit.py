@@ -18,11 +18,12 @@ from custom.audit_target import denoiser
 from custom.audit_training import fit
 from custom.canary_run import run_with_canaries
 from custom.cli import main
-from custom.config import AutoencoderConfig, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.curious_server import watch
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import build_schedule
 from custom.latents import encoded
+from custom.model_config import AutoencoderConfig
 from custom.model_file import ModelFile, initial_model, load_model, save_model
 from custom.stages import fresh_weights
 from custom.strict import ConfigError

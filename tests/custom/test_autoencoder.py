@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from custom.config import AutoencoderConfig, ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.autoencoder import SCALE_RATE, SCALE_WEIGHT, autoencoder_loss, build_autoencoder
+from custom.model_config import AutoencoderConfig, TrainingConfig
 from custom.training import train_round
 from medical_data.cohort import Cohort
 

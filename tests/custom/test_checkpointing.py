@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from custom.config import AutoencoderConfig, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.checkpointing import BLOCKS, checkpointed
 from custom.memory import LiveMemory
+from custom.model_config import AutoencoderConfig
 from custom.private_training import patient_loss
 from custom.stages import fresh_weights, stage_objective, stages
 from privacy.gradients import per_patient_gradients

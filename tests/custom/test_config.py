@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from custom.config import PRESETS, ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.federation_config import FederationConfig
 from custom.job_plan import privacy_plan
+from custom.model_config import PRESETS, TrainingConfig
 from custom.strict import ConfigError
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from custom.config import PRESETS, ExperimentConfig, SamplingConfig, ScheduleConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.ema import updated_ema
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.networks import build_network
 from custom.diffusion.sampler import ddim_step, ddpm_step, sample
 from custom.diffusion.schedule import Schedule, build_schedule
+from custom.model_config import PRESETS, SamplingConfig, ScheduleConfig
 
 
 @pytest.fixture(params=["linear_beta", "scaled_linear_beta", "cosine"])

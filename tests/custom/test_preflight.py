@@ -15,10 +15,11 @@ from policies import policy_toml
 
 from custom import preflight
 from custom.cli import main
-from custom.config import PRESETS, AutoencoderConfig, ExperimentConfig
+from custom.config import ExperimentConfig
 from custom.he_contexts import new_context, tenseal
 from custom.he_packing import packed_size
 from custom.memory import LiveMemory
+from custom.model_config import PRESETS, AutoencoderConfig
 from custom.preflight import available_memory, estimate, first_fitting, levers, memory_bytes, step_bytes, upload_bytes
 from custom.private_training import PatientDraws, patient_loss, training_patients
 from custom.secure_config import SecureAggregationConfig

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from custom.cli import main
-from custom.config import ExperimentConfig, NetworkConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.autoencoder import build_autoencoder
 from custom.diffusion.networks import build_network
 from custom.latents import encoded
+from custom.model_config import NetworkConfig, TrainingConfig
 from custom.model_file import load_model
 from custom.named_models import frozen_autoencoder, start_weights
 from custom.privacy_config import PrivacyConfig

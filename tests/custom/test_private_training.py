@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from custom.config import AutoencoderConfig, ExperimentConfig, ScheduleConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.diffusion.objective import denoising
 from custom.diffusion.schedule import build_schedule
 from custom.job_plan import privacy_plan
+from custom.model_config import AutoencoderConfig, ScheduleConfig, TrainingConfig
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.private_training import (
     CLIP_NORM,

@@ -15,11 +15,12 @@ import torch
 
 from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.egress import EVALUATION_METRICS, MEAN_IMAGE, UPDATE_METRICS
 from custom.job_plan import privacy_plan
 from custom.masked_vector import gradient_shapes, session_encoding, shared_noise_encoding, split_means
+from custom.model_config import TrainingConfig
 from custom.private_training import shared_gradient, shared_mean_image, trained_parameters
 from custom.secure_config import SecureAggregationConfig
 from custom.simulator_kits import make_kits

@@ -13,13 +13,14 @@ import torch
 
 from custom import tasks
 from custom.codec import update_reply
-from custom.config import AutoencoderConfig, ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.drawing import draw
 from custom.egress import EgressRefused, released_shapes
 from custom.filters.egress_gate import checked
 from custom.job_plan import privacy_plan
 from custom.latents import decoded, encoded, latent_cohort
 from custom.masked_vector import gradient_shapes, session_encoding, vector_forms
+from custom.model_config import AutoencoderConfig, TrainingConfig
 from custom.model_file import ModelFile, initial_model, load_model, save_checkpoint, save_model
 from custom.named_models import frozen_autoencoder, start_weights
 from custom.privacy_config import MeanImageConfig

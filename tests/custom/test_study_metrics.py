@@ -12,11 +12,11 @@ from torch import nn
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from custom.audit_target import denoiser
-from custom.config import NetworkConfig, ScheduleConfig
 from custom.diffusion.loss import denoising_loss
 from custom.diffusion.networks import build_network
 from custom.diffusion.schedule import Schedule, build_schedule
 from custom.evaluation import EFFNET, EFFNET_LAYER, _features, extractors
+from custom.model_config import NetworkConfig, ScheduleConfig
 from custom.strict import ConfigError
 from custom.study.metrics import (
     band_losses,

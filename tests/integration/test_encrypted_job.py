@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 from simulator import EMBEDDED, Run, simulate, write_job
 
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.he_packing import packed_size
+from custom.model_config import TrainingConfig
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
 from custom.stages import model_shapes

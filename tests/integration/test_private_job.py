@@ -21,11 +21,12 @@ from safetensors.numpy import load_file
 from simulator import REPOSITORY, Run, simulate
 
 from custom.cli import main
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.egress import MEAN_IMAGE
 from custom.job_plan import privacy_plan
 from custom.kept_release import KEPT_FILE
+from custom.model_config import TrainingConfig
 from custom.model_file import ModelFile, save_model
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from custom.cli import main
 from custom.client_sampling import grouped
-from custom.config import ExperimentConfig, NetworkConfig, SamplingConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.diffusion.split_denoiser import LOW_NOISE
 from custom.federation_config import (
     AvailabilityConfig,
@@ -29,6 +29,7 @@ from custom.federation_config import (
     ServerOptimizerConfig,
     UpdatesConfig,
 )
+from custom.model_config import NetworkConfig, SamplingConfig, TrainingConfig
 from custom.model_file import initial_model, load_model
 from custom.quantised import SCALES
 from custom.round_parts import CONTROL, personal_shapes, round_parts, update_shapes

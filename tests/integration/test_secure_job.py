@@ -14,8 +14,9 @@ from policies import policy_toml
 from safetensors.numpy import load_file
 from simulator import Run, real_sites, simulate
 
-from custom.config import ExperimentConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.job_plan import privacy_plan
+from custom.model_config import TrainingConfig
 from custom.privacy_config import MeanImageConfig, PrivacyConfig
 from custom.run_folder import check_receipt
 from custom.secure_config import SecureAggregationConfig

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from simulator import Run, real_sites, simulate
 
 from custom.cli import main
-from custom.config import AutoencoderConfig, ExperimentConfig, SamplingConfig, TrainingConfig
+from custom.config import ExperimentConfig
 from custom.job_plan import privacy_plan
+from custom.model_config import AutoencoderConfig, SamplingConfig, TrainingConfig
 from custom.privacy_config import PrivacyConfig
 from custom.run_folder import check_receipt
 from custom.secure_config import SecureAggregationConfig
