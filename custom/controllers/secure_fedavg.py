@@ -36,7 +36,7 @@ from custom.diffusion.networks import Shapes
 from custom.egress import BUDGET_SPENT, EgressRefused, check_arrays
 from custom.masked_vector import Schema, session_encoding, session_ring, shared_noise_encoding, split_means
 from custom.model_file import ModelFile
-from custom.robust import combined
+from custom.robust import clipped, combined
 from custom.round_parts import update_shapes
 from custom.server_step import stepped
 from custom.site_file import ServerConfig
@@ -139,14 +139,17 @@ class SecureFedAvg(DiffusionFedAvg):
         judge = self._judge(arrays, header, experiment)
         averages, failed = [], {}
         for group, average in zip(groups, sums, strict=True):
-            reason = "its group gave no sum"
-            if average is not None:
-                reason = "" if judge is None else judge(average.arrays) or ""
-            if average is None or reason:
-                failed.update(dict.fromkeys(group, reason))
-            else:
+            if average is None:
+                failed.update(dict.fromkeys(group, "its group gave no sum"))
+                continue
+            if robust.clip_norm is not None:  # to which honest sites have clipped theirs
+                average = replace(average, arrays=clipped(average.arrays, norm=robust.clip_norm))
+            reason = None if judge is None else judge(average.arrays)
+            if reason is None:
                 averages.append(average)
-        if len(averages) < max(robust.fewest, 1):
+            else:
+                failed.update(dict.fromkeys(group, reason))
+        if len(averages) < robust.fewest:
             remedy = f"federation.robust.rule needs {robust.fewest}; see those sites' logs"
             raise RoundVoid(f"{task} in round {header.round_number + 1}: {len(averages)} groups gave a sum; {remedy}")
         sizes = [float(len(average.accepted)) for average in averages]

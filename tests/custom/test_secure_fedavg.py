@@ -66,3 +66,19 @@ def test_fewer_groups_than_the_rule_needs_are_no_round(grouped_experiment: Exper
     failures: dict[str, Exception] = {site: EgressRefused("update norm") for site in SITES[:4]}
     with pytest.raises(RoundVoid, match=r"groups gave a sum; federation\.robust\.rule needs 3"):
         Sums(failures)._ask(tasks.TRAIN, {}, HEADER, SITES, {"a": (2,)}, grouped_experiment)
+
+
+def test_groups_means_are_clipped_and_judged_like_updates(grouped_experiment: ExperimentConfig) -> None:
+    federation = grouped_experiment.federation
+    robust = replace(federation.robust, clip_norm=0.5, reference=True)  # type: ignore[type-var]
+    strict = replace(grouped_experiment, federation=replace(federation, robust=robust))
+
+    class Judged(Sums):
+        def _judge(self, *_: Any) -> Any:
+            reasons = iter(["loss", None, None, None])  # of the first group
+            return lambda update: next(reasons)
+
+    average = Judged({})._ask(tasks.TRAIN, {}, HEADER, SITES, {"a": (2,)}, strict)
+    np.testing.assert_allclose(average.mean()["a"], 0.5 / np.sqrt(2), rtol=1e-6)
+    assert sorted(average.refused.values()) == ["loss", "loss"]
+    assert not set(average.refused) & set(average.accepted)
