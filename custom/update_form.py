@@ -18,7 +18,7 @@ from torch import Tensor
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
-from custom.egress import EgressRefused
+from custom.egress import EgressRefused, check_update
 from custom.quantised import dequantised, fed_back, lost, quantised
 from custom.robust import clipped
 from custom.stages import Span, Stage
@@ -96,6 +96,25 @@ def read(arrays: Arrays, *, shapes: Shapes, config: ExperimentConfig) -> Arrays:
     if bits is None or config.secure_aggregation is not None:
         return arrays
     return dequantised(arrays, shapes=shapes, bits=bits)
+
+
+def acceptable(arrays: Any, meta: Mapping[str, Any], *, shapes: Shapes, config: ExperimentConfig) -> Arrays:
+    """The float32 arrays of a reply that may go into a mean.
+
+    Args:
+        arrays: weight difference by name, as it came.
+        meta: ``weight`` and ``metrics``.
+        shapes: names and shapes that the round's update has.
+        config: the experiment.
+
+    Raises:
+        EgressRefused: as :func:`custom.egress.check_update`, or no weight difference at all.
+    """
+    if not isinstance(arrays, Mapping):
+        raise EgressRefused("no weight difference in it")
+    update = read(arrays, shapes=shapes, config=config)
+    check_update(update, meta, shapes=shapes, config=config)
+    return update
 
 
 def few_bits(

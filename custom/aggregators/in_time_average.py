@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
-from custom.egress import WEIGHT, EgressRefused, check_update
-from custom.update_form import read
+from custom.egress import WEIGHT, EgressRefused
+from custom.update_form import acceptable
 
 
 class InTimeAverage:
@@ -50,15 +50,12 @@ class InTimeAverage:
             try:
                 if site in self.accepted:
                     raise EgressRefused("a second reply in one round")
-                if not isinstance(arrays, Mapping):
-                    raise EgressRefused("no weight difference in it")
-                arrays = read(arrays, shapes=self._shapes, config=self._config)
-                check_update(arrays, meta, shapes=self._shapes, config=self._config)
+                update = acceptable(arrays, meta, shapes=self._shapes, config=self._config)
             except EgressRefused as error:
                 self.refused[site] = str(error)
                 return False
             weight = float(meta[WEIGHT])
-            for name, array in arrays.items():
+            for name, array in update.items():
                 self._sums[name] += weight * array.astype(np.float64)
             self._total += weight
             self.accepted[site] = {name: float(value) for name, value in meta["metrics"].items()}

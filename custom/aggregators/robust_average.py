@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
-from custom.egress import WEIGHT, EgressRefused, check_update
+from custom.egress import WEIGHT, EgressRefused
 from custom.federation_config import RobustConfig
 from custom.robust import clipped, combined
-from custom.update_form import read
+from custom.update_form import acceptable
 
 Judge = Callable[[Mapping[str, NDArray[np.float32]]], "str | None"]
 
@@ -60,11 +60,8 @@ class RobustAverage:
             try:
                 if site in self.accepted:
                     raise EgressRefused("a second reply in one round")
-                if not isinstance(arrays, Mapping):
-                    raise EgressRefused("no weight difference in it")
-                arrays = read(arrays, shapes=self._shapes, config=self._config)
-                check_update(arrays, meta, shapes=self._shapes, config=self._config)
-                update = self._judged(arrays)
+                update = acceptable(arrays, meta, shapes=self._shapes, config=self._config)
+                update = self._judged(update)
             except EgressRefused as error:
                 self.refused[site] = str(error)
                 return False
