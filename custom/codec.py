@@ -51,16 +51,12 @@ class TaskHeader:
         round_number: from 0; the evaluation after the last round bears the number of rounds.
         config_sha256: of the server's experiment; a site with another one refuses.
         schedule_sha256: of the server's noise schedule, likewise.
-        first_step: number, in the round's stage, of the round's first gradient step.
-        steps: of the round.
     """
 
     run_id: str
     round_number: int
     config_sha256: str
     schedule_sha256: str
-    first_step: int = 0
-    steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

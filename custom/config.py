@@ -258,7 +258,7 @@ def _require_switches(experiment: ExperimentConfig) -> None:
     _with_privacy(experiment)
     _with_encryption(experiment)
     _robust(experiment)
-    _few_bits(experiment)
+    _updates(experiment)
     _local_epochs(experiment)
     _personal(experiment)
 
@@ -325,9 +325,16 @@ def _robust(experiment: ExperimentConfig) -> None:
     require(not (robust.reference and split), argument="federation.robust.reference", value=True, remedy=said)
 
 
-def _few_bits(experiment: ExperimentConfig) -> None:
+def _updates(experiment: ExperimentConfig) -> None:
     federation, masks, updates = experiment.federation, experiment.secure_aggregation, experiment.updates
     bits = None if updates is None else updates.bits
+    variates, waits = federation.control_variates, updates is not None and updates.train == "all"
+    said = "leave it out with updates.train = all: drift is then of several rounds"
+    require(not (variates and waits), argument="federation.control_variates", value=variates, remedy=said)
+    said = "leave it out with updates.train = all: a site that misses its part's turn would send what is out of date"
+    for name in ("clients_per_round", "availability"):
+        value = getattr(federation, name)
+        require(value is None or not waits, argument=f"federation.{name}", value=value, remedy=said)
     ring = 32 if masks is None else masks.ring_bits
     said = "give 16 or 32: a ring of 8 bits holds whole numbers of updates.bits = 4 only"
     require(ring != 8 or bits == 4, argument="secure_aggregation.ring_bits", value=ring, remedy=said)
@@ -335,11 +342,8 @@ def _few_bits(experiment: ExperimentConfig) -> None:
         return
     said, weighting = 'give "uniform": whole numbers of few bits are summed as they are', federation.weighting
     require(masks is None or weighting == "uniform", argument="federation.weighting", value=weighting, remedy=said)
-    said, variates = "leave it out with updates.bits: drift is too fine for few bits", federation.control_variates
+    said = "leave it out with updates.bits: drift is too fine for few bits"
     require(not variates, argument="federation.control_variates", value=variates, remedy=said)
-    automatic = experiment.training.local_epochs
-    said = "leave it out with updates.bits under secure_aggregation: no loss is sent there"
-    require(masks is None or automatic is None, argument="training.local_epochs", value=automatic, remedy=said)
 
 
 def _local_epochs(experiment: ExperimentConfig) -> None:

@@ -191,17 +191,22 @@ class UpdatesConfig:
     """Rounds that cost fewer bytes. Under secure aggregation the ring takes the whole numbers as they are.
 
     Attributes:
-        parts: patterns (``fnmatch``) of the tensors that a round trains and sends, one set for each round in turn, such
-            as ``[["down_blocks.*", "conv_in.*"], ["up_blocks.*", "out.*"]]``; None trains and sends all in every round.
-            After arXiv:2406.12575.
+        parts: patterns (``fnmatch``) of the tensors that leave after a round, one set for each round in turn, such
+            as ``[["down_blocks.*", "conv_in.*"], ["up_blocks.*", "out.*"]]``; None sends all in every round. After
+            arXiv:2406.12575.
+        train: ``sent``: what does not leave rests; ``all``: it is trained too, and waits at the site for its turn, with
+            what earlier rounds have made of it.
         bits: of a number in an update; what rounding loses is added to the site's next one (error feedback, after
             arXiv:2407.14730 and arXiv:1901.09847). None sends float32.
     """
 
     parts: tuple[tuple[str, ...], ...] | None = None
     bits: Literal[4, 8] | None = None
+    train: Literal["sent", "all"] = "sent"
 
     def __post_init__(self) -> None:
+        chosen, remedy = self.parts is not None or self.train == "sent", "leave it out without updates.parts"
+        require(chosen, argument="updates.train", value=self.train, remedy=remedy)
         useful, remedy = self.parts is not None or self.bits is not None, "leave it out: it asks for nothing"
         require(useful, argument="updates", value=None, remedy=remedy)
         if self.parts is not None:

@@ -113,8 +113,8 @@ class TrainingConfig:
         gradient_clip: bound on the L2 norm of a step's gradient, or None. With differential privacy there is none:
             each patient's gradient is clipped.
         proximal: μ of FedProx (arXiv:1812.06127, eq. 2), which draws a site's weights to the global ones; 0 is FedAvg.
-        local_epochs: ``auto``: a round has as many local epochs as :mod:`custom.local_epochs` says, few when the model
-            is nearly done, and the run ends once each site has made rounds × steps_per_round steps; None: one.
+        local_epochs: ``auto``: rounds get longer as the learning rate falls (:meth:`custom.stages.Stage.span`), and the
+            run ends once each site has made rounds × steps_per_round steps; None: each is one epoch.
     """
 
     steps_per_round: int

@@ -59,7 +59,7 @@ def site_models(
     """
     assert config.personal is not None  # noqa: S101 - whoever calls this has looked
     tune_steps, last = config.personal.fine_tune_steps, config.federation.rounds - 1
-    own = {name: t for name, t in section(state, "own").items() if name in round_parts(config, last).own}
+    own = {name: t for name, t in section(state, "own").items() if name in round_parts(config, last).personal}
     alone = _alone(config, stages(config)[-1].total_steps + tune_steps)
     autoencoder = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
     start = {**fresh_weights(alone, seed=config.seed), **autoencoder}

@@ -34,6 +34,7 @@ from custom.masked_vector import session_encoding, session_ring
 from custom.memory import LiveMemory
 from custom.model_config import TrainingConfig
 from custom.private_training import patient_loss, trained_parameters
+from custom.quantised import packed_bytes
 from custom.round_parts import every_update, update_shapes
 from custom.site_file import HardwareConfig
 from custom.stages import (
@@ -252,8 +253,7 @@ def upload_bytes(experiment: ExperimentConfig, stage: Stage) -> int:
     if experiment.encryption is not None:
         return math.ceil(packed_size(shapes) / CIPHERTEXT_NUMBERS) * CIPHERTEXT_BYTES
     if experiment.updates is not None and experiment.updates.bits is not None:
-        bits = experiment.updates.bits
-        return sum(math.ceil(math.prod(shape) * bits / 8) for shape in shapes.values()) + 4 * len(shapes)
+        return packed_bytes(shapes, bits=experiment.updates.bits) + 4 * len(shapes)
     return 4 * _numbers(shapes)
 
 

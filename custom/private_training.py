@@ -106,7 +106,7 @@ def train_private_round(
     draw = PatientDraws(cohort, plan, objective, torch.Generator().manual_seed(seed), device)
     for step in range(plan.config.steps_per_round):
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate(stage.planned(round_number).first + step)
+            group["lr"] = stage.learning_rate(stage.span(round_number).first + step)
         sgd.step(draw)
         if progress is not None:
             progress(step + 1)

@@ -18,25 +18,23 @@ from numpy.typing import NDArray
 from custom.diffusion.networks import Shapes
 from custom.egress import EgressRefused
 
-SCALES = "scales"  # beside the tensors' names: float32 [tensors], in the sorted order of names
+NUMBERS = "numbers"  # uint8 [⌈size · bits / 8⌉]
+SCALES = "scales"  # float32 [tensors], in the sorted order of names
 
 Bits = Literal[4, 8]
 
 
 def quantised(arrays: Mapping[str, NDArray[np.float32]], *, bits: Bits) -> dict[str, NDArray[Any]]:
-    """What is sent for the tensors: bytes under each name, uint8 [⌈size · bits / 8⌉], and their :data:`SCALES`.
+    """What is sent for the tensors: all their numbers as one array of bytes, :data:`NUMBERS`, and their :data:`SCALES`.
 
-    Whole numbers are in two's complement; at 4 bits the first of two stands in a byte's low half, and a zero fills up
-    the last byte.
+    Tensors follow each other in the sorted order of names, whole numbers are in two's complement; at 4 bits the first
+    of two stands in a byte's low half, and a zero fills up the last byte. One array: each costs half a kilobyte.
 
     Raises:
         EgressRefused: NaN or infinity.
-        ValueError: a tensor named like the scales.
     """
-    if SCALES in arrays:
-        raise ValueError(f"tensor {SCALES!r}: this name is that of the scales; rename the tensor")
     names, levels = sorted(arrays), _levels(bits)
-    scales, wire = np.zeros(len(names), np.float32), {}
+    scales, parts = np.zeros(len(names), np.float32), []
     for index, name in enumerate(names):
         array = arrays[name].reshape(-1)
         if not np.isfinite(array).all():
@@ -46,35 +44,39 @@ def quantised(arrays: Mapping[str, NDArray[np.float32]], *, bits: Bits) -> dict[
         if scales[index] > 0:
             # Clipped, because the scale was rounded down: by much if it is near float32's least number.
             whole[:] = np.clip(np.rint(array / scales[index]), -levels, levels)
-        wire[name] = _packed(whole, bits)
-    return {**wire, SCALES: scales}
+        parts.append(whole)
+    return {NUMBERS: _packed(np.concatenate(parts), bits), SCALES: scales}
 
 
 def dequantised(wire: Mapping[str, Any], *, shapes: Shapes, bits: Bits) -> dict[str, NDArray[np.float32]]:
     """What :func:`quantised` stands for, in the order of ``shapes``; all of it is finite.
 
     Raises:
-        EgressRefused: anything that :func:`quantised` cannot have made of tensors with these names and shapes.
+        EgressRefused: anything that :func:`quantised` cannot have made of tensors with these shapes.
     """
-    extra, missing = set(wire) - {*shapes, SCALES}, {*shapes, SCALES} - set(wire)
-    if extra:
-        raise EgressRefused(f"tensor: {len(extra)} beyond the list of what may leave; remove what is not declared")
-    if missing:
-        raise EgressRefused(f"tensor {min(missing)!r} and {len(missing) - 1} more: missing")
+    if set(wire) != {NUMBERS, SCALES}:
+        extra = len(set(wire) - {NUMBERS, SCALES})
+        raise EgressRefused(f"update of {bits} bits: must be {NUMBERS!r} and {SCALES!r}; {extra} entries beside them")
     scales = wire[SCALES]
     if type(scales) is not np.ndarray or scales.dtype != np.float32 or scales.shape != (len(shapes),):
         raise EgressRefused(f"scales: must be a float32 array of shape ({len(shapes)},)")
     highest = scales.astype(np.float64) * _levels(bits)
     if not ((highest >= 0) & (highest <= np.finfo(np.float32).max)).all():  # NaN is neither
         raise EgressRefused("scales: must be finite, not negative, and such that no value overflows")
-    by_name = dict(zip(sorted(shapes), scales, strict=True))
-    whole = {name: _unpacked(wire[name], name=name, size=math.prod(shapes[name]), bits=bits) for name in shapes}
-    for name in shapes:
-        if by_name[name] == 0 and whole[name].any():
+    names = sorted(shapes)
+    sizes = [math.prod(shapes[name]) for name in names]
+    whole = _unpacked(wire[NUMBERS], size=sum(sizes), bits=bits)
+    found: dict[str, NDArray[np.float32]] = {}
+    for name, scale, part in zip(names, scales, np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
+        if scale == 0 and part.any():
             raise EgressRefused(f"tensor {name!r}: numbers under a scale of zero")
-    return {
-        name: np.multiply(whole[name], by_name[name], dtype=np.float32).reshape(shape) for name, shape in shapes.items()
-    }
+        found[name] = np.multiply(part, scale, dtype=np.float32).reshape(shapes[name])
+    return {name: found[name] for name in shapes}
+
+
+def packed_bytes(shapes: Shapes, *, bits: Bits) -> int:
+    """Bytes of the numbers of tensors with these shapes."""
+    return (sum(math.prod(shape) for shape in shapes.values()) * bits + 7) // 8
 
 
 def fed_back(
@@ -126,17 +128,17 @@ def _packed(whole: NDArray[np.int8], bits: Bits) -> NDArray[np.uint8]:
     return pairs
 
 
-def _unpacked(codes: Any, *, name: str, size: int, bits: Bits) -> NDArray[np.int8]:
+def _unpacked(codes: Any, *, size: int, bits: Bits) -> NDArray[np.int8]:
     wanted = (size * bits + 7) // 8
     if type(codes) is not np.ndarray or codes.dtype != np.uint8 or codes.shape != (wanted,):
-        raise EgressRefused(f"tensor {name!r}: must be a uint8 array of shape ({wanted},)")
+        raise EgressRefused(f"numbers: must be a uint8 array of shape ({wanted},)")
     whole = codes.view(np.int8)
     if bits == 4:
         # Each half in the upper half of a byte, and down again with its sign.
         halves = np.stack([codes << 4, codes], axis=-1).reshape(-1).view(np.int8) >> 4
         if halves[size:].any():
-            raise EgressRefused(f"tensor {name!r}: the half byte after the last number must be zero")
+            raise EgressRefused("numbers: the half byte after the last one must be zero")
         whole = halves[:size]
     if (whole == -_levels(bits) - 1).any():
-        raise EgressRefused(f"tensor {name!r}: holds {-_levels(bits) - 1}, which no rounding makes")
+        raise EgressRefused(f"numbers: hold {-_levels(bits) - 1}, which no rounding makes")
     return whole

@@ -24,11 +24,21 @@ class RoundParts:
 
     Attributes:
         shared: leave the site, in the model's order.
-        own: stay there, in the model's order.
+        waiting: stay there until their turn, in the model's order.
+        personal: stay there for good, in the model's order.
+        resumed: of all, those that begin as the site has kept them from earlier rounds, if it has; the others begin as
+            the server says.
     """
 
     shared: tuple[str, ...]
-    own: tuple[str, ...]
+    waiting: tuple[str, ...]
+    personal: tuple[str, ...]
+    resumed: tuple[str, ...]
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """What the site keeps after the round."""
+        return (*self.waiting, *self.personal)
 
 
 @lru_cache(maxsize=64)
@@ -36,13 +46,14 @@ def round_parts(experiment: ExperimentConfig, round_number: int) -> RoundParts:
     """What a round trains.
 
     Raises:
-        ConfigError: a pattern that fits no tensor, or a round in which nothing would be shared.
+        ConfigError: a pattern that fits no tensor, a round in which nothing would be shared, or tensors that would be
+            trained and never leave.
     """
     stage = stage_of(experiment, round_number)
     names, turn = tuple(stage_shapes(experiment, stage)), round_number - stage.first
     updates, personal = experiment.updates, experiment.personal
     if stage.name == "autoencoder":
-        return RoundParts(shared=names, own=())
+        return RoundParts(shared=names, waiting=(), personal=(), resumed=())
     own: tuple[str, ...] = ()
     if personal is not None and turn >= personal.shared_rounds:
         if personal.parts is not None:
@@ -55,7 +66,13 @@ def round_parts(experiment: ExperimentConfig, round_number: int) -> RoundParts:
     shared = tuple(name for name in shared if name not in set(own))
     remedy = "a round would share nothing; leave something to share"
     require(len(shared) > 0, argument="updates.parts", value=updates and updates.parts, remedy=remedy)
-    return RoundParts(shared=shared, own=own)
+    if updates is None or updates.train == "sent":
+        return RoundParts(shared=shared, waiting=(), personal=own, resumed=own)
+    waiting = tuple(name for name in names if name not in {*shared, *own})
+    never = [name for name in waiting if not any(fnmatchcase(name, p) for part in updates.parts or () for p in part)]
+    remedy = f"{len(never)} tensors would be trained and never leave; name all of them, or give train = sent"
+    require(not never, argument="updates.parts", value=never[:1], remedy=remedy)
+    return RoundParts(shared=shared, waiting=waiting, personal=own, resumed=(*shared, *waiting, *own))
 
 
 def update_shapes(experiment: ExperimentConfig, round_number: int) -> Shapes:

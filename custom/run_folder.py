@@ -66,7 +66,6 @@ class RoundRecord:
         silent: sites that gave no reply in time.
         seconds: from sending the task to the new model.
         mean: metrics of which only the mean over the sites is known, as under secure aggregation.
-        steps: gradient steps that each site made.
     """
 
     round_number: int
@@ -76,19 +75,13 @@ class RoundRecord:
     silent: list[str]
     seconds: float
     mean: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
-
-    def metric(self, name: str) -> float | None:
-        """Mean over the sites of a metric, as far as it is known."""
-        values = [metrics[name] for metrics in (*self.accepted.values(), self.mean) if name in metrics]
-        return fmean(values) if values else None
 
     def told(self, rounds: int) -> str:
         """A line for people, of a run of so many rounds."""
 
         def mean(name: str, said: str) -> list[str]:
-            value = self.metric(name)
-            return [] if value is None else [f"{said} {value:.4f}"]
+            values = [metrics[name] for metrics in (*self.accepted.values(), self.mean) if name in metrics]
+            return [f"{said} {fmean(values):.4f}"] if values else []
 
         return ", ".join(
             [

@@ -14,19 +14,16 @@ from custom.diffusion.ema import updated_ema
 from custom.federation_config import ServerOptimizerConfig
 from custom.model_file import ModelFile
 from custom.round_parts import CONTROL
-from custom.stages import Span, stage_of
+from custom.stages import stage_of
 from custom.training import restore_optimizer, stored_optimizer
 
 
-def moved(
-    model: ModelFile, difference: Mapping[str, NDArray[np.float32]], *, span: Span | None = None, present: float = 1.0
-) -> ModelFile:
+def moved(model: ModelFile, difference: Mapping[str, NDArray[np.float32]], *, present: float = 1.0) -> ModelFile:
     """The model after a round: the server's step along a mean difference, which FedAvg adds.
 
     Args:
         model: before, with the server optimizer's state of earlier rounds, and with SCAFFOLD the server's variates.
         difference: by name; tensors that are not in it stay as they are.
-        span: the sites' steps in the round; None for those that were planned.
         present: share of the federation's sites that took part.
     """
     stage = stage_of(model.experiment, model.rounds_done)
@@ -34,7 +31,7 @@ def moved(
     kept = model.optimizer if model.rounds_done > stage.first else {}
     deltas = {name: torch.tensor(array) for name, array in difference.items() if not name.startswith(CONTROL)}
     variates = {name: tensor for name, tensor in kept.items() if name.startswith(CONTROL)}
-    span = stage.planned(model.rounds_done) if span is None else span
+    span = stage.span(model.rounds_done)
     rates = sum(stage.learning_rate(span.first + step) for step in range(span.steps))
     for name in set(difference) - set(deltas):  # c ← c + |S|/N mean(c_i⁺ - c_i); arXiv:1910.06378, alg. 1
         change = torch.tensor(difference[name]) * (present / rates)
@@ -83,7 +80,7 @@ def stepped(model: ModelFile, gradient: Mapping[str, NDArray[np.float32]]) -> Mo
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=stage.training.weight_decay)
     restore_optimizer(optimizer, trained, model.optimizer if model.rounds_done > stage.first else {})
     for group in optimizer.param_groups:
-        group["lr"] = stage.learning_rate(stage.planned(model.rounds_done).first)
+        group["lr"] = stage.learning_rate(stage.span(model.rounds_done).first)
     for name, parameter in trained.items():
         parameter.grad = torch.from_numpy(gradient[name])
     optimizer.step()

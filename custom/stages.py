@@ -23,6 +23,7 @@ from custom.diffusion.schedule import build_schedule
 from custom.diffusion.split_denoiser import LOW_NOISE, SplitDenoiser
 from custom.model_config import TrainingConfig
 
+MOST_EPOCHS = 10  # of a round whose length is chosen
 PREFIX = "autoencoder."  # of its tensors' names in a model and in messages; the denoiser's have none
 
 T = TypeVar("T")
@@ -67,10 +68,25 @@ class Stage:
         """Gradient steps that one site makes over all rounds of the stage."""
         return self.rounds * self.training.steps_per_round
 
-    def planned(self, round_number: int) -> Span:
-        """The steps of a round where every round has one local epoch."""
-        steps = self.training.steps_per_round
-        return Span(first=(round_number - self.first) * steps, steps=steps)
+    def span(self, round_number: int) -> Span:
+        """The steps of a round; none if those before it have made all of the stage's.
+
+        A round is one local epoch of ``steps_per_round``, or with ``local_epochs: auto`` as many as the quadratic
+        synchronisation rule says (Gu et al. 2024, arXiv:2310.14423, eq. 2): how far sites drift apart grows with the
+        learning rate and with the number of steps, so a round has ⌊(η_peak / η)²⌋ epochs for the rate η at its first
+        step, at least 1 and at most ``MOST_EPOCHS``. A schedule that nothing at a site decides.
+        """
+        steps, turn = self.training.steps_per_round, round_number - self.first
+        if self.training.local_epochs is None:
+            return Span(first=turn * steps, steps=steps)
+        first = epochs = 0
+        for _ in range(turn + 1):
+            first += epochs * steps
+            left = (self.total_steps - first) // steps
+            calmer = self.training.learning_rate / self._decayed(first) if left else 1.0
+            whole = int(calmer**2 + 1e-9)  # halfway it is 4 exactly, and rounding must not make it 3
+            epochs = min(max(1, min(whole, MOST_EPOCHS)), left)
+        return Span(first=first, steps=epochs * steps)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero over the stage (arXiv:1608.03983, eq. 5 without restarts).
@@ -78,8 +94,10 @@ class Stage:
         Args:
             step: of the stage, from 0.
         """
-        warm_up = min(1.0, (step + 1) / (self.training.warmup_steps + 1))
-        return self.training.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
+        return min(1.0, (step + 1) / (self.training.warmup_steps + 1)) * self._decayed(step)
+
+    def _decayed(self, step: int) -> float:
+        return self.training.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
 
     def needed(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """Those of a model's tensors that a site needs, by their names: a denoiser's rounds also encode images."""

@@ -20,7 +20,7 @@ from custom.diffusion.checkpointing import checkpointed
 from custom.diffusion.objective import Objective
 from custom.round_parts import CONTROL, own_tensors, round_parts
 from custom.site_file import HardwareConfig, Precision
-from custom.stages import Span, Stage, stage_objective, stage_of
+from custom.stages import Stage, stage_objective, stage_of
 from medical_data.cohort import Cohort
 
 HELD_OUT_IMAGES = 64
@@ -84,7 +84,6 @@ def train_round(
     site: str,
     round_number: int,
     device: torch.device,
-    span: Span | None = None,
     hardware: HardwareConfig | None = None,
     progress: Progress | None = None,
 ) -> LocalUpdate:
@@ -101,7 +100,6 @@ def train_round(
         site: the site's name.
         round_number: from 0.
         device: where to compute.
-        span: the round's steps; None for those that were planned.
         hardware: the site's, for checkpointing and precision; None for the defaults.
         progress: called with (steps done, mean loss so far) after each step.
 
@@ -111,10 +109,10 @@ def train_round(
     start = time.monotonic()
     hardware = HardwareConfig() if hardware is None else hardware
     stage, parts = stage_of(config, round_number), round_parts(config, round_number)
-    span = stage.planned(round_number) if span is None else span
+    span = stage.span(round_number)
     shared = {name: tensor for name, tensor in weights.items() if not name.startswith(CONTROL)}
-    own = own_tensors(config, shared, round_number)
-    own |= {name: tensor for name, tensor in section(state, "own").items() if name in own}
+    kept = {name: tensor for name, tensor in section(state, "own").items() if name in parts.resumed}
+    own = {**own_tensors(config, shared, round_number), **kept}
     objective = stage_objective(config, stage, {**shared, **own}, device)
     whole = stage_objective(config, stage, shared, device) if own else objective
     held_out = held_out_loss(whole, cohort, device)
@@ -166,7 +164,7 @@ def train_round(
         state={
             **before,
             **stored_optimizer(optimizer, trained),
-            **as_section({**section(state, "own"), **{n: named[n].detach().cpu() for n in parts.own}}, "own"),
+            **as_section({n: named[n].detach().cpu() for n in parts.own}, "own"),
             **as_section({**section(state, "control"), **variates}, "control"),
             **as_section(section(state, "lost"), "lost"),
         },

@@ -19,7 +19,7 @@ from torch import Tensor
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
 from custom.egress import EgressRefused, check_update
-from custom.quantised import dequantised, fed_back, lost, quantised
+from custom.quantised import NUMBERS, SCALES, dequantised, fed_back, lost, packed_bytes, quantised
 from custom.robust import clipped
 from custom.stages import Span, Stage
 from privacy.secagg.encoding import Block, QuantisedEncoding
@@ -96,6 +96,14 @@ def read(arrays: Arrays, *, shapes: Shapes, config: ExperimentConfig) -> Arrays:
     if bits is None or config.secure_aggregation is not None:
         return arrays
     return dequantised(arrays, shapes=shapes, bits=bits)
+
+
+def may_stand_for(arrays: Arrays, shapes: Shapes, config: ExperimentConfig) -> bool:
+    """Whether these are the names of a set of tensors, or of few bits the number of them."""
+    if set(arrays) == {NUMBERS, SCALES} and config.updates is not None and config.updates.bits is not None:
+        sizes = np.size(arrays[NUMBERS]), np.size(arrays[SCALES])
+        return sizes == (packed_bytes(shapes, bits=config.updates.bits), len(shapes))
+    return set(arrays) == set(shapes)
 
 
 def acceptable(arrays: Any, meta: Mapping[str, Any], *, shapes: Shapes, config: ExperimentConfig) -> Arrays:

@@ -40,7 +40,6 @@ from custom.drawing import draw
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.job_plan import privacy_plan
 from custom.latents import encoded
-from custom.local_epochs import next_span
 from custom.model_file import ModelFile, initial_model, save_model
 from custom.named_models import frozen_autoencoder, start_weights
 from custom.pictures import grey_levels, sample_grid, viewable
@@ -49,7 +48,7 @@ from custom.round_parts import round_parts, update_shapes
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.server_step import moved, server_variates
 from custom.site_file import ServerConfig, server_config
-from custom.stages import Span, model_autoencoder, stage_of, stages
+from custom.stages import model_autoencoder, stage_of, stages
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
 
@@ -170,15 +169,14 @@ class DiffusionFedAvg(FedAvg):
         for round_number in range(model.rounds_done, experiment.federation.rounds):
             start = time.monotonic()
             stage = stage_of(experiment, round_number)
-            span = next_span(stage, round_number, folder.records())
-            if not span.steps:
+            if not stage.span(round_number).steps:
                 break
             asked = self._invited(experiment, round_number)
             self.info(
                 f"round {round_number + 1}/{experiment.federation.rounds} ({stage.name}): asking {', '.join(asked)}"
             )
-            header = _header(experiment, folder, round_number, span)
-            arrays, shapes = self._task_arrays(model, span), update_shapes(experiment, round_number)
+            header = _header(experiment, folder, round_number)
+            arrays, shapes = self._task_arrays(model), update_shapes(experiment, round_number)
             try:
                 average = self._ask(tasks.TRAIN, arrays, header, asked, shapes, experiment)
             except BudgetSpent as error:
@@ -186,7 +184,7 @@ class DiffusionFedAvg(FedAvg):
                     raise
                 self.info(f"ending with the model of {round_number} rounds: {error}")
                 return model, str(error)
-            model = self._moved(model, average, span)
+            model = self._moved(model, average)
             record = RoundRecord(
                 round_number=round_number,
                 asked=asked,
@@ -195,7 +193,6 @@ class DiffusionFedAvg(FedAvg):
                 silent=sorted(set(asked) - set(average.accepted) - set(average.refused)),
                 seconds=time.monotonic() - start,
                 mean=average.metrics,
-                steps=span.steps,
             )
             folder.record(record)  # before the checkpoint: a crash between them repeats the round and its record
             folder.save_round(model)
@@ -208,16 +205,16 @@ class DiffusionFedAvg(FedAvg):
                 _grid(images, file, experiment, _after(round_number + 1))
         return model, None
 
-    def _task_arrays(self, model: ModelFile, span: Span) -> dict[str, NDArray[np.float32]]:
+    def _task_arrays(self, model: ModelFile) -> dict[str, NDArray[np.float32]]:
         """What the sites need for a round of the model."""
         names = round_parts(model.experiment, model.rounds_done).shared
         needed = stage_of(model.experiment, model.rounds_done).needed(model.weights)
         return to_numpy({**needed, **server_variates(model, names)})
 
-    def _moved(self, model: ModelFile, average: Average, span: Span) -> ModelFile:
+    def _moved(self, model: ModelFile, average: Average) -> ModelFile:
         """The model after a round."""
         present = len(average.accepted) / max(len(self.engine.get_clients()), len(average.accepted))
-        return moved(model, average.mean(), span=span, present=present)
+        return moved(model, average.mean(), present=present)
 
     def _invited(self, experiment: ExperimentConfig, round_number: int) -> list[str]:
         """Who is asked in a round: drawn, connected, and not left out for having been silent."""
@@ -389,14 +386,12 @@ def _reachable(records: Sequence[RoundRecord]) -> list[str]:
     return sorted(site for site, last in taken.items() if last)
 
 
-def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int, span: Span | None = None) -> TaskHeader:
+def _header(experiment: ExperimentConfig, folder: RunFolder, round_number: int) -> TaskHeader:
     return TaskHeader(
         run_id=folder.run_id,
         round_number=round_number,
         config_sha256=experiment.sha256,
         schedule_sha256=build_schedule(experiment.schedule).sha256,
-        first_step=0 if span is None else span.first,
-        steps=0 if span is None else span.steps,
     )
 
 

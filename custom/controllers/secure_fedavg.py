@@ -41,7 +41,7 @@ from custom.round_parts import update_shapes
 from custom.server_step import stepped
 from custom.site_file import ServerConfig
 from custom.site_sessions import kit_root
-from custom.stages import Span, stage_of
+from custom.stages import stage_of
 from custom.strict import ConfigError, require
 from custom.update_form import BOUNDS, first_bounds, next_bounds
 from privacy.secagg.encoding import QuantisedEncoding
@@ -215,19 +215,19 @@ class SecureFedAvg(DiffusionFedAvg):
         """Refuse a mean that no acceptable updates have; raises ``EgressRefused``."""
         check_arrays(average.arrays, shapes=shapes, max_norm=experiment.federation.max_update_norm)
 
-    def _task_arrays(self, model: ModelFile, span: Span) -> dict[str, NDArray[np.float32]]:
-        arrays = super()._task_arrays(model, span)
+    def _task_arrays(self, model: ModelFile) -> dict[str, NDArray[np.float32]]:
+        arrays = super()._task_arrays(model)
         if not _few_bits(model.experiment):
             return arrays
         stage = stage_of(model.experiment, model.rounds_done)
         shapes = update_shapes(model.experiment, model.rounds_done)
-        bounds = first_bounds(shapes, stage, span) | _bounds(model)
+        bounds = first_bounds(shapes, stage, stage.span(model.rounds_done)) | _bounds(model)
         return {**arrays, BOUNDS: np.array([float(bounds[name]) for name in sorted(shapes)], np.float32)}
 
-    def _moved(self, model: ModelFile, average: Average, span: Span) -> ModelFile:
+    def _moved(self, model: ModelFile, average: Average) -> ModelFile:
         if shared_noise_encoding(model.experiment, tasks.TRAIN, model.rounds_done) is not None:
             return stepped(model, average.mean())
-        after = super()._moved(model, average, span)
+        after = super()._moved(model, average)
         if not _few_bits(model.experiment):
             return after
         bounds = {f"{BOUNDS}/{name}": bound for name, bound in (_bounds(model) | next_bounds(average.mean())).items()}

@@ -64,7 +64,6 @@ from custom.he_packing import opened, packed_name
 from custom.job_plan import privacy_plan
 from custom.kept_release import KeptRelease, Request, charged_release, drop, keep
 from custom.latents import latent_cohort
-from custom.local_epochs import check_span
 from custom.masked_vector import shared_noise_encoding
 from custom.model_file import ModelFile, save_model
 from custom.personal import site_models
@@ -81,7 +80,7 @@ from custom.site_file import SiteConfig, site_config
 from custom.site_ledger import open_ledger, release_sha256
 from custom.site_sessions import Masking, SiteSessions
 from custom.site_state import SiteState
-from custom.stages import Span, model_autoencoder, stage_objective, stage_of, stages
+from custom.stages import model_autoencoder, stage_objective, stage_of, stages
 from custom.strict import require
 from custom.training import as_section, held_out_loss, section, train_round
 from custom.update_form import BOUNDS, formed
@@ -404,7 +403,7 @@ class _Progress:
 
     def __init__(self, site: _Site, header: TaskHeader) -> None:
         self._site = site
-        self._steps = header.steps
+        self._steps = stage_of(site.experiment, header.round_number).span(header.round_number).steps
         self.label = f"round {header.round_number + 1}/{site.experiment.federation.rounds}"
         self._last = time.monotonic()
 
@@ -420,8 +419,6 @@ class _Progress:
 def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
     cohort, stage = site.admitted(), stage_of(experiment, round_number)
-    span = Span(first=header.first_step, steps=header.steps)
-    check_span(stage, round_number, span)
     weights = to_torch({name: array for name, array in arrays.items() if name != BOUNDS})
     state = site.state(header)
     kept = state.before(round_number, since=stage.first)
@@ -433,7 +430,6 @@ def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
         site=site.name,
         round_number=round_number,
         device=site.device,
-        span=span,
         hardware=site.config.hardware,
         progress=progress,
     )

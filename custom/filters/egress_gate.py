@@ -26,8 +26,7 @@ from custom.egress import (
     released_shapes,
 )
 from custom.masked_vector import vector_forms
-from custom.quantised import SCALES
-from custom.update_form import read
+from custom.update_form import may_stand_for, read
 
 # All that a DXO puts into a Shareable; NVFlare adds its own routing headers after the filters.
 ENTRIES = frozenset({"DXO", ReservedHeaderKey.HEADERS})
@@ -94,8 +93,7 @@ def checked(reply: Shareable, config: ExperimentConfig) -> Shareable:
         check_counts(dxo.data, shapes=named[0])
     elif dxo.data_kind == DataKind.WEIGHT_DIFF:
         *others, last = released_shapes(config)
-        names = set(dxo.data) - {SCALES}
-        shapes = next((shapes for shapes in others if names == set(shapes)), last)
+        shapes = next((shapes for shapes in others if may_stand_for(dxo.data, shapes, config)), last)
         if config.encryption is not None and not dxo.meta:  # the mean, opened for the server
             check_arrays(dxo.data, shapes=shapes, max_norm=config.federation.max_update_norm)
         else:

@@ -25,7 +25,6 @@ from custom.config import ExperimentConfig
 from custom.device import use
 from custom.diffusion.schedule import build_schedule
 from custom.drawing import draw
-from custom.local_epochs import next_span
 from custom.model_file import ModelFile, initial_model
 from custom.personal import site_models
 from custom.reference_check import ReferenceCheck
@@ -86,7 +85,9 @@ class Federation:
     @property
     def steps(self) -> int:
         """Gradient steps of all sites together."""
-        return sum(record.steps * len(record.asked) for record in self.records)
+        rounds = [record.round_number for record in self.records]
+        steps = [stage_of(self.experiment, number).span(number).steps for number in rounds]
+        return sum(count * len(record.asked) for count, record in zip(steps, self.records, strict=True))
 
 
 def run_case(run: Run, home: Path) -> dict[str, float]:
@@ -160,8 +161,7 @@ def trained(
         cohorts = {s: _poisoned(c, attack, experiment, device) if s in malicious else c for s, c in cohorts.items()}
     federation = Federation(experiment=experiment, cohorts=cohorts, model=initial_model(experiment))
     for number in range(experiment.federation.rounds):
-        span = next_span(stage_of(experiment, number), number, federation.records)
-        if not span.steps:
+        if not stage_of(experiment, number).span(number).steps:
             break
         asked = drawn_sites(list(cohorts), experiment, number)
         model, names = federation.model, round_parts(experiment, number).shared
@@ -179,7 +179,6 @@ def trained(
                 site=site,
                 round_number=number,
                 device=device,
-                span=span,
             )
             difference: Mapping[str, Tensor] = update.difference
             if attack is not None and site in malicious:
@@ -191,7 +190,7 @@ def trained(
             weight = float(patients) if experiment.federation.weighting == "patients" else 1.0
             average.add(site, leaves.arrays, {"weight": weight, "metrics": update.metrics})
         present = len(average.accepted) / len(cohorts)
-        federation.model = moved(model, average.mean(), span=span, present=present)
+        federation.model = moved(model, average.mean(), present=present)
         federation.records.append(
             RoundRecord(
                 round_number=number,
@@ -200,7 +199,6 @@ def trained(
                 refused=average.refused,
                 silent=[],
                 seconds=0.0,
-                steps=span.steps,
             )
         )
     return federation

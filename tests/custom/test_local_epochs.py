@@ -1,183 +1,125 @@
+"""Rounds that get longer as the learning rate falls, and end with the planned steps."""
+
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from custom.config import ExperimentConfig
-from custom.local_epochs import MOST_EPOCHS, check_span, next_epochs, next_span
-from custom.run_folder import RoundRecord
-from custom.stages import Span, Stage, stages
-from custom.strict import ConfigError
+from custom.stages import MOST_EPOCHS, Span, Stage, stage_of, stages
+from custom.study.federation import trained
+from medical_data.cohort import Cohort
 
 STEPS = 3
+CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def planned(experiment: ExperimentConfig) -> Stage:
-    return stages(experiment)[0]
+def automatic(experiment: ExperimentConfig, rounds: int, *, steps: int = STEPS, warmup: int = 0) -> ExperimentConfig:
+    training = replace(experiment.training, steps_per_round=steps, warmup_steps=warmup, local_epochs="auto")
+    return replace(experiment, training=training, federation=replace(experiment.federation, rounds=rounds))
 
 
-@pytest.fixture
-def auto(experiment: ExperimentConfig) -> Stage:
-    """Forty local epochs of three steps in all."""
-    return stages(of_rounds(experiment, 40))[0]
+def spans(stage: Stage) -> list[Span]:
+    """Of all rounds until none has any."""
+    found = [stage.span(stage.first + turn) for turn in range(stage.rounds)]
+    return [span for span in found if span.steps]
 
 
-def of_rounds(experiment: ExperimentConfig, rounds: int) -> ExperimentConfig:
-    return replace(
-        experiment,
-        training=replace(experiment.training, steps_per_round=STEPS, local_epochs="auto"),
-        federation=replace(experiment.federation, rounds=rounds),
-    )
-
-
-def record(number: int, metrics: dict[str, float] | dict[str, dict[str, float]], steps: int = STEPS) -> RoundRecord:
-    by_site = {name: value for name, value in metrics.items() if isinstance(value, dict)}
-    mean = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    return RoundRecord(
-        round_number=number,
-        asked=["a", "b"],
-        accepted=by_site or {"a": {}, "b": {}},
-        refused={},
-        silent=[],
-        seconds=1.0,
-        mean=mean,
-        steps=steps,
-    )
-
-
-def both(train: float, held_out: float = 1.0) -> dict[str, float]:
-    return {"train_loss": train, "held_out_loss": held_out}
-
-
-def test_the_rule_by_hand() -> None:
-    """F₀ = 1 and E₀ = 10: ⌈10 √F⌉ where it is less than the last E, ⌈E/2⌉ where not, never below 1."""
-    losses = [1.0, 0.8, 0.8, 0.5, 0.04, 0.01, 0.01, 9.0]
-    #        E₀=10  ⌈8.94⌉=9  9≥9: ⌈4.5⌉=5  8≥5: 3  2<3: 2  1<2: 1  1  1
-    expected = [10, 9, 5, 3, 2, 1, 1, 1]
-    said = [next_epochs(losses[: count + 1] if count else [], total=100, done=0) for count in range(len(losses))]
-    assert said == expected
+def by_the_rule(stage: Stage) -> list[Span]:
+    """The slow obvious reference: a round after the other, each of ⌊(η_peak / η)²⌋ epochs."""
+    steps, found = stage.training.steps_per_round, list[Span]()
+    done = 0
+    while done < stage.total_steps:
+        cosine = (1 + math.cos(math.pi * done / stage.total_steps)) / 2  # η / η_peak after the warm-up
+        halfway = 2 * done == stage.total_steps
+        epochs = 4 if halfway else max(1, min(MOST_EPOCHS, math.floor(1 / cosine**2)))
+        found.append(Span(first=done, steps=min(epochs * steps, stage.total_steps - done)))
+        done += found[-1].steps
+    return found
 
 
 @pytest.mark.parametrize(
-    ("total", "first"), [(1, 1), (3, 1), (4, 1), (8, 2), (20, 5), (40, MOST_EPOCHS), (500, MOST_EPOCHS)]
+    ("rounds", "epochs"),
+    [
+        (1, [1]),
+        (2, [1, 1]),
+        (3, [1, 1, 1]),
+        (4, [1, 1, 2]),  # after two of four epochs the rate has halved: four would be due
+        (20, [1] * 8 + [2, 4, 6]),  # after 8: (1 / 0.65)² = 2.3; after 10: 2² = 4; after 14: 23, and 6 are left
+    ],
 )
-def test_the_first_round_is_a_quarter_of_the_run_or_ten(total: int, first: int) -> None:
-    assert next_epochs([], total=total, done=0) == first
+def test_the_rule_by_hand(experiment: ExperimentConfig, rounds: int, epochs: list[int]) -> None:
+    for steps in (1, 3, 10, 37):
+        (stage,) = stages(automatic(experiment, rounds, steps=steps))
+        found = [stage.span(number).steps for number in range(rounds)]
+        assert found == [steps * count for count in epochs] + [0] * (rounds - len(epochs))
 
 
-def test_no_more_than_is_left() -> None:
-    assert next_epochs([], total=40, done=37) == 3
-    assert next_epochs([1.0, 0.9], total=40, done=38) == 2
-    assert next_epochs([1.0, 0.9], total=40, done=40) == 0
-
-
-@given(
-    rounds=st.integers(1, 60),
-    losses=st.lists(st.floats(1e-6, 1e6), min_size=61, max_size=61),
-    masked=st.booleans(),
-)
-def test_every_run_ends_at_its_planned_steps_and_every_span_passes(
-    experiment: ExperimentConfig, rounds: int, losses: list[float], masked: bool
+@given(rounds=st.integers(1, 80), steps=st.integers(1, 7), warmup=st.integers(0, 50), rate=st.floats(1e-5, 0.9))
+def test_every_run_makes_its_planned_steps_in_rounds_that_get_longer(
+    experiment: ExperimentConfig, rounds: int, steps: int, warmup: int, rate: float
 ) -> None:
-    stage = stages(of_rounds(experiment, rounds))[0]
-    finished: list[RoundRecord] = []
-    epochs: list[int] = []
-    for number in range(rounds):
-        span = next_span(stage, number, finished)
-        if not span.steps:
-            break
-        check_span(stage, number, span)
-        assert span.first == STEPS * sum(epochs)
-        epochs.append(span.steps // STEPS)
-        said = both(losses[number + 1], losses[0])
-        finished.append(record(number, said if masked else {"a": said, "b": said}, steps=span.steps))
-    assert STEPS * sum(epochs) == stage.total_steps == STEPS * rounds
-    assert all(later <= earlier for earlier, later in pairwise(epochs)), "it never grows again"
-    assert next_span(stage, len(epochs), finished).steps == 0
+    config = automatic(experiment, rounds, steps=steps, warmup=warmup)
+    (stage,) = stages(replace(config, training=replace(config.training, learning_rate=rate)))
+    made = spans(stage)
+    assert made[0].first == 0
+    assert all(later.first == one.first + one.steps for one, later in pairwise(made))
+    assert made[-1].first + made[-1].steps == stage.total_steps == rounds * steps
+    assert all(span.steps % steps == 0 and span.steps <= MOST_EPOCHS * steps for span in made)
+    assert all(one.steps <= later.steps for one, later in pairwise(made[:-1])), "but the last, which takes what is left"
+    for number in range(len(made), rounds + 1):
+        assert stage.span(number) == Span(first=stage.total_steps, steps=0)
 
 
-def test_the_mean_over_the_sites_is_what_counts(auto: Stage) -> None:
-    of_sites = record(0, {"a": both(0.6, 2.0), "b": both(0.4, 0.0)}, steps=30)
-    masked = record(0, both(0.5), steps=30)
-    assert next_span(auto, 1, [of_sites]) == next_span(auto, 1, [masked]) == Span(first=30, steps=STEPS * 8)
+@given(rounds=st.integers(1, 200), steps=st.integers(1, 50))
+def test_the_epochs_are_those_of_the_rule_whatever_the_warm_up(
+    experiment: ExperimentConfig, rounds: int, steps: int
+) -> None:
+    (stage,) = stages(automatic(experiment, rounds, steps=steps))
+    assert spans(stage) == by_the_rule(stage)
+    (warm,) = stages(automatic(experiment, rounds, steps=steps, warmup=rounds))
+    assert spans(warm) == spans(stage), "a warm-up's low rates make no long rounds"
 
 
-def test_a_held_out_loss_counts_of_the_first_round_only(auto: Stage) -> None:
-    first, second = record(0, both(0.5), steps=30), record(1, both(0.25, held_out=1e-9), steps=24)
-    assert next_span(auto, 2, [first, second]) == Span(first=54, steps=STEPS * math.ceil(10 * math.sqrt(0.25)))
+def test_long_runs_have_rounds_of_ten_epochs_and_fewer_rounds(experiment: ExperimentConfig) -> None:
+    (stage,) = stages(automatic(experiment, 200))
+    epochs = [span.steps // STEPS for span in spans(stage)]
+    assert epochs[:50] == [1] * 50
+    assert epochs.count(MOST_EPOCHS) >= 5
+    assert len(epochs) < 130
 
 
-def test_without_auto_every_round_is_the_planned_one(planned: Stage) -> None:
-    for number in (0, 1):
-        span = next_span(planned, number, [record(0, {})] * number)
-        assert span == planned.planned(number) == Span(first=number * STEPS, steps=STEPS)
-        check_span(planned, number, span)
+def test_without_auto_every_round_is_one_epoch(experiment: ExperimentConfig) -> None:
+    (stage,) = stages(experiment)
+    assert [stage.span(number) for number in (0, 1)] == [Span(first=0, steps=3), Span(first=3, steps=3)]
 
 
-@pytest.mark.parametrize(
-    "metrics",
-    [
-        {},
-        {"train_loss": 0.5},
-        {"held_out_loss": 0.5},
-        both(0.0),
-        both(0.5, held_out=0.0),
-        both(0.5, held_out=-1.0),
-        both(-0.5),
-        both(math.nan),
-        both(math.inf),
-        both(0.5, held_out=math.inf),
-    ],
-)
-def test_an_automatic_choice_without_losses_is_refused(auto: Stage, metrics: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"training\.local_epochs"):
-        next_span(auto, 1, [record(0, metrics)])
+def test_each_stage_counts_its_own_steps(latent_experiment: ExperimentConfig) -> None:
+    assert latent_experiment.autoencoder is not None
+    config = replace(
+        latent_experiment,
+        federation=replace(latent_experiment.federation, rounds=5),
+        autoencoder=replace(latent_experiment.autoencoder, rounds=2),
+    )
+    assert [stage_of(config, number).span(number).first for number in range(5)] == [0, 3, 0, 3, 6]
 
 
-def test_a_round_without_a_loss_among_others_is_refused(auto: Stage) -> None:
-    with pytest.raises(ConfigError, match=r"training\.local_epochs"):
-        next_span(auto, 2, [record(0, both(0.5)), record(1, {})])
-
-
-@pytest.mark.parametrize(
-    "span",
-    [
-        Span(first=0, steps=2 * STEPS),
-        Span(first=0, steps=0),
-        Span(first=STEPS, steps=STEPS),
-        Span(first=1, steps=STEPS),
-        Span(first=-STEPS, steps=STEPS),
-    ],
-)
-def test_a_site_makes_no_other_steps_than_every_round_s(planned: Stage, span: Span) -> None:
-    with pytest.raises(ConfigError, match=r"^steps = "):
-        check_span(planned, 0, span)
-
-
-@pytest.mark.parametrize(
-    "span",
-    [
-        Span(first=0, steps=0),
-        Span(first=0, steps=-STEPS),
-        Span(first=-STEPS, steps=STEPS),
-        Span(first=1, steps=STEPS),
-        Span(first=0, steps=STEPS + 1),
-        Span(first=0, steps=(MOST_EPOCHS + 1) * STEPS),
-        Span(first=39 * STEPS, steps=2 * STEPS),
-        Span(first=40 * STEPS, steps=STEPS),
-    ],
-)
-def test_with_auto_a_site_makes_whole_epochs_within_the_run(auto: Stage, span: Span) -> None:
-    with pytest.raises(ConfigError, match=r"^steps = "):
-        check_span(auto, 0, span)
-
-
-def test_with_auto_the_edges_pass(auto: Stage) -> None:
-    check_span(auto, 0, Span(first=0, steps=MOST_EPOCHS * STEPS))
-    check_span(auto, 39, Span(first=39 * STEPS, steps=STEPS))
+def test_training_ends_when_all_of_its_steps_are_done(experiment: ExperimentConfig, cohort: Cohort) -> None:
+    config = automatic(experiment, 8, steps=2)
+    cohorts = {"a": cohort, "b": replace(cohort, images=np.ascontiguousarray(cohort.images[..., ::-1]))}
+    found = trained(config, cohorts, CPU)
+    planned = spans(stages(config)[0])
+    assert len(found.records) == found.model.rounds_done == len(planned) < 8
+    assert found.steps == 2 * 8 * 2, "of both sites together"
+    for state in found.states.values():
+        assert {float(tensor) for name, tensor in state.items() if name.endswith("/step")} == {8 * 2.0}
+    plain = trained(replace(config, training=replace(config.training, local_epochs=None)), cohorts, CPU)
+    assert plain.steps == found.steps
+    assert found.bytes_up * 8 == plain.bytes_up * len(planned)

@@ -16,12 +16,14 @@ from policies import policy_toml
 from custom import preflight
 from custom.cli import main
 from custom.config import ExperimentConfig
+from custom.federation_config import UpdatesConfig
 from custom.he_contexts import new_context, tenseal
 from custom.he_packing import packed_size
 from custom.memory import LiveMemory
 from custom.model_config import PRESETS, AutoencoderConfig
 from custom.preflight import available_memory, estimate, first_fitting, levers, memory_bytes, step_bytes, upload_bytes
 from custom.private_training import PatientDraws, patient_loss, training_patients
+from custom.quantised import quantised
 from custom.secure_config import SecureAggregationConfig
 from custom.site_file import HardwareConfig
 from custom.stages import fresh_weights, model_shapes, stage_objective, stage_shapes, stages
@@ -166,6 +168,14 @@ def test_bytes_of_a_masked_update(experiment: ExperimentConfig, bits: Any) -> No
     (stage,) = stages(masked)
     metrics_and_weight = 2 * 3 + 1
     assert upload_bytes(masked, stage) == (parameters(masked) + metrics_and_weight) * bits // 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_of_an_update_of_few_bits(experiment: ExperimentConfig, bits: Any) -> None:
+    few = replace(experiment, updates=UpdatesConfig(bits=bits))
+    (stage,) = stages(few)
+    arrays = {name: np.ones(shape, np.float32) for name, shape in stage_shapes(few, stage).items()}
+    assert upload_bytes(few, stage) == sum(array.nbytes for array in quantised(arrays, bits=bits).values())
 
 
 def test_bytes_of_an_update_with_shared_noise(private_experiment: ExperimentConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from medical_data.cohort import Cohort
 
 CPU = torch.device("cpu")
 PARTS = (("conv_in.*", "down_blocks.*"), ("up_blocks.*", "out.*"))
+HALVES = (("conv_in.*", "time_embed.*", "down_blocks.*"), ("middle_block.*", "up_blocks.*", "out.*"))
 
 
 def with_rounds(experiment: ExperimentConfig, rounds: int, **federation: Any) -> ExperimentConfig:
@@ -77,7 +79,6 @@ def local(
     number: int = 0,
     site: str = "a",
     state: Mapping[str, Tensor] | None = None,
-    span: Span | None = None,
 ) -> LocalUpdate:
     return train_round(
         cohort=cohort,
@@ -87,7 +88,6 @@ def local(
         site=site,
         round_number=number,
         device=CPU,
-        span=span,
     )
 
 
@@ -104,6 +104,10 @@ def close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], *, atol: float
     assert set(one) == set(other)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], atol=atol, rtol=1e-4)
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return length({name: tensor - other[name] for name, tensor in one.items()})
 
 
 def length(tensors: Mapping[str, Tensor]) -> float:
@@ -361,19 +365,21 @@ def test_of_sites_that_do_not_differ_scaffold_is_fedavg(experiment: ExperimentCo
 
 def test_variates_follow_those_who_were_there_and_the_steps_that_were_made(experiment: ExperimentConfig) -> None:
     """c ← c + |S|/N mean(c_i⁺ - c_i), where the messages say (c_i⁺ - c_i) Σ η."""
-    config = with_rounds(experiment, 4, control_variates=True)
-    model = initial_model(config)
+    config = with_proximal(with_rounds(experiment, 4, control_variates=True), 0.0, local_epochs="auto")
+    model = replace(initial_model(config), rounds_done=2)
     names = sorted(model.weights)[:2]
     difference = {name: np.ones(tuple(model.weights[name].shape), np.float32) for name in names}
     difference |= {CONTROL + name: np.full(array.shape, 2.0, np.float32) for name, array in difference.items()}
-    span, stage = Span(first=0, steps=5), stage_of(config, 0)
-    after = moved(model, difference, span=span, present=0.25)
-    rates = sum(stage.learning_rate(step) for step in range(5))
+    stage = stage_of(config, 2)
+    assert stage.span(2) == Span(first=6, steps=6), "two epochs in one round"
+    after = moved(model, difference, present=0.25)
+    rates = sum(stage.learning_rate(step) for step in range(6, 12))
     for name in names:
         torch.testing.assert_close(after.weights[name], model.weights[name] + 1)
         expected = torch.full_like(model.weights[name], 2 * 0.25 / rates)
         torch.testing.assert_close(after.optimizer[CONTROL + name], expected)
     assert set(after.optimizer) == {CONTROL + name for name in names}
+    after = replace(after, rounds_done=1)
     again = moved(after, {name: array for name, array in difference.items() if names[0] in name})
     assert torch.equal(again.optimizer[CONTROL + names[1]], after.optimizer[CONTROL + names[1]]), "it rested"
     sent = server_variates(again, [*names, "out.2.conv.bias"])
@@ -551,6 +557,151 @@ def test_tensors_that_rest_stand_still_while_the_others_are_trained(
         optimizer.param_groups[0]["lr"] = stage_of(config, 0).learning_rate(step)
         training_step(objective, optimizer, draw(4), generator, gradient_clip=None)
     close(update.difference, {name: named[name].detach() - weights[name] for name in shared}, atol=2e-5)
+
+
+# ---- parts that are trained while they wait
+
+
+def waiting(experiment: ExperimentConfig, rounds: int = 4, **training: Any) -> ExperimentConfig:
+    config = replace(with_rounds(experiment, rounds), updates=UpdatesConfig(parts=HALVES, train="all"))
+    return replace(config, training=replace(config.training, **training))
+
+
+def test_what_waits_is_each_site_s_own_until_its_turn(
+    experiment: ExperimentConfig, cohort: Cohort, tmp_path: Path
+) -> None:
+    """The slow obvious reference: a network and an optimizer a site; in turn half is set to the sites' mean."""
+    config = waiting(experiment)
+    cohorts = {"a": cohort, "b": darker(cohort)}
+    model, states = some_model(config), {site: SiteState(tmp_path / site) for site in cohorts}
+
+    networks = {site: build_network(config.network, spatial_dims=2) for site in cohorts}
+    for network in networks.values():
+        network.load_state_dict(model.weights)
+    named = {site: dict(network.named_parameters()) for site, network in networks.items()}
+    optimizers = {
+        site: torch.optim.AdamW(network.parameters(), weight_decay=config.training.weight_decay, fused=True)
+        for site, network in networks.items()
+    }
+    x, none = dict(model.weights), {name: torch.zeros(()) for name in model.weights}
+    for number in range(4):
+        leaves, waits = HALVES[number % 2], HALVES[1 - number % 2]
+        updates = []
+        for site in cohorts:
+            state = states[site].before(number)
+            update = local(config, cohorts[site], model.weights, number=number, site=site, state=state)
+            states[site].save(number, update.state)
+            updates.append(update)
+            adamw_steps(
+                config,
+                cohorts[site],
+                network=networks[site],
+                optimizer=optimizers[site],
+                correction=none,
+                site=site,
+                number=number,
+            )
+        before, model = model.weights, moved(model, mean(updates))
+
+        turn = {name for name in x if any(fnmatchcase(name, pattern) for pattern in leaves)}
+        assert {name for name in x if any(fnmatchcase(name, pattern) for pattern in waits)} == set(x) - turn
+        with torch.no_grad():
+            for name in turn:
+                x[name] = torch.stack([named[site][name] for site in cohorts]).mean(dim=0)
+        assert all(set(update.difference) == turn for update in updates)
+        close(model.weights, x, atol=2e-5)
+        assert all(torch.equal(model.weights[name], before[name]) for name in set(x) - turn), "the server's rests"
+        for site in cohorts:
+            kept = section(states[site].before(number + 1), "own")
+            close(kept, {name: named[site][name].detach() for name in set(x) - turn}, atol=2e-5)
+            assert distance(kept, {name: before[name] for name in kept}) > 1e-3, "it was trained"
+            with torch.no_grad():
+                for name in turn:
+                    named[site][name].copy_(x[name])
+        one, other = (section(states[site].before(number + 1), "own") for site in cohorts)
+        assert distance(one, other) > 1e-3, "each site has its own"
+
+
+@pytest.mark.parametrize("rounds", [3, 4])
+def test_alone_a_site_that_trains_all_trains_as_if_all_left(
+    experiment: ExperimentConfig, cohort: Cohort, rounds: int
+) -> None:
+    """Its copy of what waits and the global model's rest are a plain run's model, moments and all."""
+    config, plain = waiting(experiment, rounds), with_rounds(experiment, rounds)
+    model, every = some_model(config), some_model(plain)
+    state, plain_state = dict[str, Tensor](), dict[str, Tensor]()
+    for number in range(rounds):
+        update = local(config, cohort, model.weights, number=number, state=state)
+        model, state = moved(model, mean([update])), update.state
+        alone = local(plain, cohort, every.weights, number=number, state=plain_state)
+        every, plain_state = moved(every, mean([alone])), alone.state
+        # But for what w + (w' - w) rounds, which waits in another place.
+        close({**model.weights, **section(state, "own")}, every.weights, atol=5e-5)
+        close(moments(state), moments(plain_state), atol=1e-5)
+        assert update.metrics["train_loss"] == pytest.approx(alone.metrics["train_loss"], rel=1e-4)
+    resting = round_parts(config, rounds - 1).waiting
+    assert resting
+    behind = {name: model.weights[name] for name in resting}
+    assert distance(behind, every.weights) > 1e-3, "the global model is a round behind"
+
+
+def test_what_waits_begins_as_the_site_left_it_and_leaves_as_the_way_from_the_global_weights(
+    experiment: ExperimentConfig, cohort: Cohort
+) -> None:
+    config = waiting(experiment)
+    weights, elsewhere = some_weights(config, 3), some_weights(config, 4)
+    shared, waits = round_parts(config, 1).shared, round_parts(config, 1).waiting
+    # Kept after round 0: what leaves in round 1.
+    state = {f"own/{name}": elsewhere[name] for name in shared}
+    update = local(config, cohort, weights, number=1, state=state)
+    begun = {**weights, **{name: elsewhere[name] for name in shared}}
+    from_there = local(with_rounds(experiment, 4), cohort, begun, number=1)
+    for name in shared:
+        expected = from_there.difference[name] + elsewhere[name] - weights[name]
+        torch.testing.assert_close(update.difference[name], expected, atol=1e-6, rtol=1e-5)
+    assert set(section(update.state, "own")) == set(waits), "what has left is the server's again"
+    for name, tensor in section(update.state, "own").items():
+        torch.testing.assert_close(tensor - weights[name], from_there.difference[name], atol=1e-6, rtol=1e-5)
+    resting = replace(config, updates=UpdatesConfig(parts=HALVES))
+    assert section(local(resting, cohort, weights, number=1, state=state).state, "own") == {}
+    assert equal(
+        local(resting, cohort, weights, number=1, state=state).difference,
+        local(resting, cohort, weights, number=1).difference,
+    ), "without it nothing begins anywhere but at the global weights"
+
+
+def test_the_held_out_loss_is_the_global_model_s_also_while_parts_wait(
+    experiment: ExperimentConfig, cohort: Cohort
+) -> None:
+    config = waiting(experiment)
+    weights = some_weights(config, 3)
+    state = {f"own/{name}": tensor + 0.1 for name, tensor in weights.items() if name in round_parts(config, 1).shared}
+    whole = stage_objective(config, stage_of(config, 1), weights, CPU)
+    update = local(config, cohort, weights, number=1, state=state)
+    assert update.metrics["held_out_loss"] == held_out_loss(whole, cohort, CPU)
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_a_personal_model_has_nothing_in_it_of_what_waits(
+    experiment: ExperimentConfig, cohort: Cohort, last: int
+) -> None:
+    personal = PersonalConfig(parts=("out.*", "conv_in.*"), fine_tune_steps=2)
+    config = replace(waiting(experiment, last + 1), personal=personal)
+    weights = some_weights(config, 5)
+    state = dict[str, Tensor]()
+    for number in range(last + 1):
+        state = local(config, cohort, some_weights(config, 6), number=number, state=state).state
+    parts = round_parts(config, last)
+    assert parts.waiting
+    assert parts.personal
+    assert set(section(state, "own")) == {*parts.waiting, *parts.personal}
+    found = models_of(config, cohort, weights, state)
+    without = {key: tensor for key, tensor in state.items() if key.removeprefix("own/") not in parts.waiting}
+    assert len(without) == len(state) - len(parts.waiting)
+    assert equal(found.personal, models_of(config, cohort, weights, without).personal)
+    begun = {name: tensor for name, tensor in section(state, "own").items() if name in parts.personal}
+    in_weights = models_of(replace(config, personal=replace(personal, parts=None)), cohort, {**weights, **begun}, {})
+    assert equal(found.personal, in_weights.personal)
 
 
 # ---- personal models

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import pytest
 import torch
@@ -37,12 +38,13 @@ def changed(
     personal: PersonalConfig | None = None,
     variates: bool = False,
     first: int = 0,
+    train: Literal["sent", "all"] = "sent",
 ) -> ExperimentConfig:
     autoencoder = experiment.autoencoder
     return replace(
         experiment,
         federation=replace(experiment.federation, rounds=rounds, control_variates=variates),
-        updates=None if parts is None else UpdatesConfig(parts=parts),
+        updates=None if parts is None else UpdatesConfig(parts=parts, train=train),
         personal=personal,
         autoencoder=autoencoder and replace(autoencoder, rounds=first),
     )
@@ -53,9 +55,17 @@ def named(config: ExperimentConfig, *patterns: str) -> tuple[str, ...]:
     return tuple(name for name in denoiser if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
+def parted(
+    shared: tuple[str, ...], *, personal: tuple[str, ...] = (), waiting: tuple[str, ...] | None = None
+) -> RoundParts:
+    """Of a round; with nothing said of waiting, one where what does not leave rests."""
+    resumed = personal if waiting is None else (*shared, *waiting, *personal)
+    return RoundParts(shared=shared, waiting=waiting or (), personal=personal, resumed=resumed)
+
+
 def test_without_switches_every_round_shares_all(experiment: ExperimentConfig) -> None:
     for number in range(2):
-        assert round_parts(experiment, number) == RoundParts(shared=tuple(model_shapes(experiment)), own=())
+        assert round_parts(experiment, number) == parted(tuple(model_shapes(experiment)))
         assert update_shapes(experiment, number) == model_shapes(experiment)
     assert every_update(experiment) == {0: model_shapes(experiment)}
 
@@ -64,7 +74,7 @@ def test_parts_take_turns_in_the_model_s_order(experiment: ExperimentConfig) -> 
     config = changed(experiment, parts=(UP[::-1], DOWN, ("*",)))
     for number in range(6):
         wanted = named(config, *(UP, DOWN, ("*",))[number % 3])
-        assert round_parts(config, number) == RoundParts(shared=wanted, own=())
+        assert round_parts(config, number) == parted(wanted)
         assert update_shapes(config, number) == {name: model_shapes(config)[name] for name in wanted}
     assert set(named(config, *UP)) | set(named(config, *DOWN)) == set(model_shapes(config))
     assert list(every_update(config)) == [0, 1, 2]
@@ -75,25 +85,55 @@ def test_personal_tensors_are_not_shared_after_the_first_rounds(experiment: Expe
     own = named(config, "out.*", "conv_in.*")
     for number in range(6):
         parts = round_parts(config, number)
-        assert parts.own == (() if number < 2 else own)
+        assert parts.own == parts.personal == parts.resumed == (() if number < 2 else own)
         assert set(parts.shared) == set(model_shapes(config)) - set(parts.own)
     assert list(every_update(config)) == [0, 2]
 
 
 def test_personal_tensors_are_trained_while_parts_take_turns(experiment: ExperimentConfig) -> None:
     config = changed(experiment, parts=(DOWN, UP), personal=PersonalConfig(parts=("out.*",), shared_rounds=1))
-    assert round_parts(config, 0) == RoundParts(shared=named(config, *DOWN), own=())
+    assert round_parts(config, 0) == parted(named(config, *DOWN))
     for number in range(1, 6):
         parts = round_parts(config, number)
-        assert parts.own == named(config, "out.*")
+        assert parts.own == parts.personal == named(config, "out.*")
         assert set(parts.shared) == set(named(config, *(DOWN if number % 2 == 0 else UP))) - set(parts.own)
+
+
+def test_what_does_not_leave_waits_if_all_is_trained(experiment: ExperimentConfig) -> None:
+    config = changed(experiment, parts=(DOWN, UP), train="all")
+    resting = changed(experiment, parts=(DOWN, UP))
+    for number in range(6):
+        leaves, waits = (DOWN, UP)[:: 1 if number % 2 == 0 else -1]
+        parts = round_parts(config, number)
+        assert parts == parted(named(config, *leaves), waiting=named(config, *waits))
+        assert parts.own == parts.waiting
+        assert set(parts.resumed) == set(model_shapes(config))
+        assert update_shapes(config, number) == update_shapes(resting, number), "the same leaves"
+    assert every_update(config) == every_update(resting)
+
+
+def test_what_waits_and_what_is_personal_do_not_mix(experiment: ExperimentConfig) -> None:
+    personal = PersonalConfig(parts=("out.*", "conv_in.*"), shared_rounds=2)
+    config = changed(experiment, parts=(DOWN, UP), personal=personal, train="all")
+    for number in range(6):
+        parts = round_parts(config, number)
+        own = () if number < 2 else named(config, "out.*", "conv_in.*")
+        assert parts.personal == own
+        assert parts.shared == tuple(n for n in named(config, *(DOWN, UP)[number % 2]) if n not in own)
+        assert parts.waiting == tuple(n for n in named(config, *(UP, DOWN)[number % 2]) if n not in own)
+        assert parts.own == (*parts.waiting, *parts.personal)
+        assert sorted(parts.resumed) == sorted(model_shapes(config))
+    split = changed(experiment, parts=(DOWN, UP), personal=PersonalConfig(below_timestep=100), train="all")
+    parts = round_parts(split, 2)
+    low = tuple(LOW_NOISE + name for name in model_shapes(split))
+    assert parts == parted(named(split, *DOWN), waiting=named(split, *UP), personal=low)
 
 
 def test_a_denoiser_of_low_noise_is_the_site_s_own(experiment: ExperimentConfig) -> None:
     config = changed(experiment, personal=PersonalConfig(below_timestep=100, shared_rounds=3))
     names = tuple(model_shapes(config))
-    assert round_parts(config, 2) == RoundParts(shared=names, own=())
-    assert round_parts(config, 3) == RoundParts(shared=names, own=tuple(LOW_NOISE + name for name in names))
+    assert round_parts(config, 2) == parted(names)
+    assert round_parts(config, 3) == parted(names, personal=tuple(LOW_NOISE + name for name in names))
     assert list(every_update(config)) == [0], "what leaves is the same in all rounds"
     shapes = personal_shapes(config)
     assert set(shapes) == {*names, *round_parts(config, 3).own}
@@ -134,7 +174,7 @@ def test_with_an_autoencoder_the_denoiser_s_rounds_alone_have_parts(latent_exper
     config = changed(latent_experiment, rounds=8, first=3, parts=(DOWN, UP), personal=personal)
     encoder = tuple(name for name in model_shapes(config) if name.startswith(PREFIX))
     for number in range(3):
-        assert round_parts(config, number) == RoundParts(shared=encoder, own=())
+        assert round_parts(config, number) == parted(encoder)
     assert [round_parts(config, number).shared for number in (3, 4)] == [named(config, *DOWN), named(config, *UP)]
     assert round_parts(config, 4).own == ()
     for number in (5, 6, 7):
@@ -144,6 +184,9 @@ def test_with_an_autoencoder_the_denoiser_s_rounds_alone_have_parts(latent_exper
     split = changed(latent_experiment, rounds=4, first=1, personal=PersonalConfig(below_timestep=100))
     assert not any(name.startswith(LOW_NOISE + PREFIX) for name in personal_shapes(split))
     assert set(round_parts(split, 2).own) == {LOW_NOISE + name for name in named(split, "*")}
+    waits = changed(latent_experiment, rounds=4, first=2, parts=(DOWN, UP), train="all")
+    assert round_parts(waits, 1) == parted(encoder)
+    assert round_parts(waits, 3) == parted(named(waits, *UP), waiting=named(waits, *DOWN))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +235,7 @@ PARTS = st.one_of(
     parts=PARTS,
     personal=PERSONAL,
     variates=st.booleans(),
+    waits=st.booleans(),
 )
 def test_every_update_is_what_some_round_sends_each_once(
     experiment: ExperimentConfig,
@@ -201,14 +245,27 @@ def test_every_update_is_what_some_round_sends_each_once(
     parts: tuple[tuple[str, ...], ...] | None,
     personal: PersonalConfig | None,
     variates: bool,
+    waits: bool,
 ) -> None:
     """The slow obvious reference: look at every round of the run."""
-    base = latent_experiment if first else experiment
-    config = changed(base, rounds=rounds + first, first=first, parts=parts, personal=personal, variates=variates)
+    base, waits = latent_experiment if first else experiment, waits and parts is not None
+    config = changed(
+        base,
+        rounds=rounds + first,
+        first=first,
+        parts=parts,
+        personal=personal,
+        variates=variates and not waits,
+        train="all" if waits else "sent",
+    )
     found: dict[int, Shapes] = {}
     try:
         for number in range(rounds + first):
-            sent = update_shapes(config, number)
+            sent, of_round = update_shapes(config, number), round_parts(config, number)
+            kinds = (of_round.shared, of_round.waiting, of_round.personal)
+            assert sum(map(len, kinds)) == len(set().union(*kinds)), "none is of two kinds"
+            assert set(of_round.personal) <= set(of_round.resumed) <= set().union(*kinds)
+            assert waits or not of_round.waiting
             if list(sent) not in [list(shapes) for shapes in found.values()]:
                 found[number] = sent
     except ConfigError:
@@ -216,3 +273,10 @@ def test_every_update_is_what_some_round_sends_each_once(
             every_update(config)
         return
     assert every_update(config) == found
+
+
+def test_what_is_trained_in_every_round_leaves_in_some(experiment: ExperimentConfig) -> None:
+    some = UpdatesConfig(parts=(("conv_in.*",), ("out.*",)), train="all")
+    with pytest.raises(ConfigError, match=r"updates\.parts.*never leave"):
+        round_parts(replace(experiment, updates=some), 0)
+    assert round_parts(replace(experiment, updates=replace(some, train="sent")), 0).waiting == ()

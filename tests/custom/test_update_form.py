@@ -16,14 +16,14 @@ from torch import Tensor
 
 from custom import tasks
 from custom.aggregators.in_time_average import InTimeAverage
-from custom.codec import masked_reply, reply_meta, to_torch, update_reply
+from custom.codec import masked_reply, reply_meta, to_torch, update_reply, wire_bytes
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import Shapes
 from custom.egress import EgressRefused, update_metrics
 from custom.federation_config import PersonalConfig, RobustConfig, UpdatesConfig
 from custom.filters.egress_gate import checked, passed
 from custom.masked_vector import session_encoding, vector_forms
-from custom.quantised import SCALES, dequantised, quantised
+from custom.quantised import NUMBERS, SCALES, dequantised, packed_bytes, quantised
 from custom.round_parts import every_update, update_shapes
 from custom.secure_config import SecureAggregationConfig
 from custom.stages import Span, stage_of
@@ -34,6 +34,7 @@ from custom.update_form import (
     few_bits,
     first_bounds,
     formed,
+    may_stand_for,
     next_bounds,
     read,
 )
@@ -125,7 +126,7 @@ def test_few_bits_arrive_in_the_average_as_what_they_stand_for(experiment: Exper
         leaves = formed(change, {}, config)
         reply = passed(update_reply(to_torch(leaves.arrays), weight=weight, metrics=METRICS), config)
         dxo = from_shareable(reply)
-        assert all(array.dtype == np.uint8 for name, array in dxo.data.items() if name != SCALES)
+        assert {name: array.dtype for name, array in dxo.data.items()} == {NUMBERS: np.uint8, SCALES: np.float32}
         assert average.add(f"site {site}", dxo.data, reply_meta(dxo.meta)), average.refused
         stands_for = dequantised(leaves.arrays, shapes=shapes, bits=bits)
         for name, array in stands_for.items():
@@ -139,15 +140,59 @@ def test_few_bits_arrive_in_the_average_as_what_they_stand_for(experiment: Exper
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_cost_an_eighth_or_a_quarter_and_a_scale_a_tensor(experiment: ExperimentConfig, bits: Bits) -> None:
+    config = with_bits(experiment, bits)
+    shapes = update_shapes(config, 0)
+    change = difference(shapes)
+    leaves, whole = formed(change, {}, config).arrays, formed(change, {}, experiment).arrays
+    sent, plain = (sum(array.nbytes for array in arrays.values()) for arrays in (leaves, whole))
+    assert plain == 4 * sum(math.prod(shape) for shape in shapes.values())
+    assert sent == math.ceil(plain * bits / 32) + 4 * len(shapes)
+    assert wire_bytes(leaves) < sent + 2048, "whatever the number of tensors"
+    assert wire_bytes(whole) > plain + 256 * len(shapes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_of_parts_in_turn_each_passes_the_gate(experiment: ExperimentConfig, bits: Bits) -> None:
+    """Of few bits no names leave: the gate knows a part by its size, and the server which one it has asked for."""
     config = with_bits(experiment, bits, parts=PARTS)
+    shapes = [update_shapes(config, number) for number in range(2)]
+    leaves = [formed(difference(each), {}, config).arrays for each in shapes]
     for number in range(2):
-        leaves = formed(difference(update_shapes(config, number)), {}, config)
-        passed(update_reply(to_torch(leaves.arrays), weight=2.0, metrics=METRICS), config)
-    both = update_shapes(config, 0) | update_shapes(config, 1)
-    leaves = formed(difference(both), {}, config)
+        passed(update_reply(to_torch(leaves[number]), weight=2.0, metrics=METRICS), config)
+        average = InTimeAverage(shapes[number], config)
+        assert not average.add("other part", leaves[1 - number], {"weight": 2.0, "metrics": METRICS})
+        assert "must be a" in average.refused["other part"]
+        assert average.add("its part", leaves[number], {"weight": 2.0, "metrics": METRICS}), average.refused
+    refuse(formed(difference(shapes[0] | shapes[1]), {}, config).arrays, config)
+    less = dict(list(shapes[0].items())[1:])
+    refuse(formed(difference(less), {}, config).arrays, config)
+    # As many numbers as a part has, and one tensor fewer.
+    merged: Shapes = {"all": (sum(math.prod(shape) for shape in less.values()),)}
+    first = next(iter(shapes[0].items()))
+    assert packed_bytes({first[0]: first[1], **merged}, bits=bits) == packed_bytes(shapes[0], bits=bits)
+    refuse(formed(difference({first[0]: first[1], **merged}), {}, config).arrays, config)
+
+
+def refuse(arrays: Mapping[str, NDArray[Any]], config: ExperimentConfig) -> None:
     with pytest.raises(EgressRefused):
-        passed(update_reply(to_torch(leaves.arrays), weight=2.0, metrics=METRICS), config)
+        passed(update_reply(to_torch(arrays), weight=2.0, metrics=METRICS), config)
+
+
+def test_a_set_of_tensors_is_found_by_names_or_of_few_bits_by_sizes(experiment: ExperimentConfig) -> None:
+    few, other = with_bits(experiment, 4), with_bits(experiment, 8)
+    plain = {name: tensor.numpy() for name, tensor in difference(SMALL).items()}
+    wire = quantised(plain, bits=4)
+    assert may_stand_for(wire, SMALL, few)
+    assert may_stand_for(plain, SMALL, experiment)
+    assert not may_stand_for(wire, SMALL, other), "as many scales, twice the bytes"
+    assert not may_stand_for(wire, SMALL, experiment)
+    assert not may_stand_for(wire, SMALL | {"more": ()}, few)
+    assert not may_stand_for(wire, {"w": (3, 5), "b": (3,)}, few)
+    assert not may_stand_for(wire, {"w": (3, 5), "b": (4,), "a": ()}, few)
+    assert not may_stand_for({NUMBERS: wire[NUMBERS]}, SMALL, few)
+    assert not may_stand_for(wire | {"w": plain["w"]}, SMALL, few)
+    assert not may_stand_for(plain, SMALL | {"more": ()}, experiment)
 
 
 @pytest.mark.parametrize(("bits", "ring"), [(4, None), (8, None), (4, 8), (8, 16)])
@@ -215,6 +260,27 @@ def without_scales(experiment: ExperimentConfig) -> tuple[ExperimentConfig, dict
     return config, arrays
 
 
+def without_numbers(experiment: ExperimentConfig) -> tuple[ExperimentConfig, dict[str, Any]]:
+    config = with_bits(experiment, 4)
+    arrays = dict(formed(difference(update_shapes(config, 0)), {}, config).arrays)
+    del arrays[NUMBERS]
+    return config, arrays
+
+
+def under_the_names_of_tensors(experiment: ExperimentConfig) -> tuple[ExperimentConfig, dict[str, Any]]:
+    config = with_bits(experiment, 4)
+    shapes = update_shapes(config, 0)
+    arrays = dict(formed(difference(shapes), {}, config).arrays)
+    packed = {name: np.zeros(packed_bytes({name: shape}, bits=4), np.uint8) for name, shape in shapes.items()}
+    return config, packed | {SCALES: arrays[SCALES]}
+
+
+def with_one_more_array(experiment: ExperimentConfig) -> tuple[ExperimentConfig, dict[str, Any]]:
+    config = with_bits(experiment, 4)
+    arrays = dict(formed(difference(update_shapes(config, 0)), {}, config).arrays)
+    return config, arrays | {"patient": np.zeros(3, np.float32)}
+
+
 def with_a_scale_that_is_no_number(experiment: ExperimentConfig) -> tuple[ExperimentConfig, dict[str, Any]]:
     config = with_bits(experiment, 4)
     arrays = dict(formed(difference(update_shapes(config, 0)), {}, config).arrays)
@@ -239,6 +305,9 @@ def with_one_more_tensor(experiment: ExperimentConfig) -> tuple[ExperimentConfig
         few_bits_in_a_plain_job,
         of_eight_bits_in_a_job_of_four,
         without_scales,
+        without_numbers,
+        under_the_names_of_tensors,
+        with_one_more_array,
         with_a_scale_that_is_no_number,
         longer_than_the_job_allows,
         with_one_more_tensor,

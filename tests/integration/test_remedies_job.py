@@ -31,13 +31,14 @@ from custom.federation_config import (
 )
 from custom.model_config import NetworkConfig, SamplingConfig, TrainingConfig
 from custom.model_file import initial_model, load_model
-from custom.quantised import SCALES
+from custom.quantised import NUMBERS, SCALES, packed_bytes
 from custom.round_parts import CONTROL, personal_shapes, round_parts, update_shapes
 from custom.run_folder import check_receipt
 from custom.secure_config import SecureAggregationConfig
 from custom.site_file import load_site
+from custom.site_state import SiteState
 from custom.stages import model_shapes, stage_objective, stages
-from custom.training import held_out_loss, train_round
+from custom.training import held_out_loss, section, train_round
 from medical_data.cohort import Cohort, prepare_cohort
 
 SITES = ["good-1", "good-2", "good-3"]
@@ -198,53 +199,91 @@ def test_a_personal_model_can_be_audited(scheduled: Run, tmp_path: Path) -> None
     assert_audit_reads(scheduled, "good-1", tmp_path / "audit")
 
 
-# ---- local epochs that the server chooses, and a denoiser for low noise that stays at the site
+# ---- rounds that get longer, of parts that are trained while they wait
 
 
 @pytest.fixture(scope="module")
-def adaptive(tmp_path_factory: pytest.TempPathFactory, tiny: ExperimentConfig) -> Run:
+def longer(tmp_path_factory: pytest.TempPathFactory, tiny: ExperimentConfig) -> Run:
     experiment = replace(
         tiny,
-        name="adaptive",
+        name="longer",
         training=replace(tiny.training, steps_per_round=2, local_epochs="auto"),
         federation=replace(tiny.federation, rounds=8),
-        personal=PersonalConfig(below_timestep=400, fine_tune_steps=2),
+        updates=UpdatesConfig(parts=HALVES, bits=8, train="all"),
+        personal=PersonalConfig(fine_tune_steps=2),
     )
-    base = tmp_path_factory.mktemp("adaptive")
+    base = tmp_path_factory.mktemp("longer")
     return simulate(base, experiment, SITES[:2], threads=2, recorded=base / "left")
 
 
-def test_a_run_ends_when_all_of_its_steps_are_done(adaptive: Run) -> None:
-    assert adaptive.returncode == 0, adaptive.output
-    receipt = check_receipt(adaptive.folder)
-    steps = [record["steps"] for record in records(adaptive)]
-    federation, training = adaptive.experiment.federation, adaptive.experiment.training
-    assert sum(steps) == federation.rounds * training.steps_per_round
-    assert steps[0] == 2 * training.steps_per_round, "a quarter of eight epochs"
-    assert steps == sorted(steps, reverse=True)
-    assert receipt["rounds_done"] == len(steps) < receipt["rounds_asked"] == federation.rounds
-    assert load_model(adaptive.folder / "model.safetensors").rounds_done == len(steps)
+def test_a_run_ends_when_all_of_its_steps_are_done(longer: Run) -> None:
+    assert longer.returncode == 0, longer.output
+    receipt, (stage,) = check_receipt(longer.folder), stages(longer.experiment)
+    steps = [steps for number in range(stage.rounds) if (steps := stage.span(number).steps)]
+    assert steps == [2, 2, 2, 4, 6]
+    assert [record["round_number"] for record in records(longer)] == list(range(5))
+    assert receipt["rounds_done"] == 5 < receipt["rounds_asked"] == 8
+    assert load_model(longer.folder / "model.safetensors").rounds_done == 5
+    before = initial_model(longer.experiment).weights
+    assert all(float((tensor - before[name]).abs().max()) > 0 for name, tensor in weights(longer).items())
 
 
 @pytest.mark.parametrize("site", SITES[:2])
-def test_the_low_noise_denoiser_stays_at_the_site(adaptive: Run, site: str) -> None:
-    sent = updates(adaptive, site)
-    assert len(sent) == len(records(adaptive))
+def test_halves_leave_in_turn_and_wait_at_the_site(longer: Run, site: str) -> None:
+    sent = updates(longer, site)
+    assert len(sent) == len(records(longer))
+    for number, update in enumerate(sent):
+        shapes = update_shapes(longer.experiment, number)
+        assert {name: array.size for name, array in update.items()} == {
+            NUMBERS: packed_bytes(shapes, bits=8),
+            SCALES: len(shapes),
+        }
+    folder = longer.base / "sites" / site / "state" / longer.experiment.name / longer.folder.name
+    kept = SiteState(folder).before(5)
+    assert set(section(kept, "own")) == set(round_parts(longer.experiment, 4).waiting)
+    assert {float(tensor) for name, tensor in kept.items() if name.endswith("/step")} == {16.0}, "all, in every round"
+    personal = load_model(own_model(longer, site, "personal"))
+    assert {name: tuple(t.shape) for name, t in personal.weights.items()} == model_shapes(longer.experiment)
+    metrics = json.loads((longer.folder / "metrics.json").read_text())
+    said = metrics["sites"][site]["personal_held_out_loss"]
+    assert said == pytest.approx(loss_of(longer, personal.weights, site), rel=1e-4)
+
+
+# ---- a denoiser for low noise that stays at the site
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory, tiny: ExperimentConfig) -> Run:
+    experiment = replace(
+        tiny,
+        name="split",
+        federation=replace(tiny.federation, rounds=3),
+        personal=PersonalConfig(below_timestep=400, fine_tune_steps=2),
+    )
+    base = tmp_path_factory.mktemp("split")
+    return simulate(base, experiment, SITES[:2], threads=2, recorded=base / "left")
+
+
+@pytest.mark.parametrize("site", SITES[:2])
+def test_the_low_noise_denoiser_stays_at_the_site(split: Run, site: str) -> None:
+    assert split.returncode == 0, split.output
+    sent = updates(split, site)
+    assert len(sent) == len(records(split)) == 3
     for update in sent:
-        assert set(update) == set(model_shapes(adaptive.experiment))
-    assert not any(name.startswith(LOW_NOISE) for name in weights(adaptive))
-    personal = load_model(own_model(adaptive, site, "personal"))
-    assert {name: tuple(t.shape) for name, t in personal.weights.items()} == personal_shapes(adaptive.experiment)
-    low = {name: personal.weights[LOW_NOISE + name] for name in weights(adaptive)}
+        assert set(update) == set(model_shapes(split.experiment))
+    assert not any(name.startswith(LOW_NOISE) for name in weights(split))
+    personal = load_model(own_model(split, site, "personal"))
+    assert {name: tuple(t.shape) for name, t in personal.weights.items()} == personal_shapes(split.experiment)
+    low = {name: personal.weights[LOW_NOISE + name] for name in weights(split)}
     assert distance(low, {name: personal.weights[name] for name in low}) > 0
     assert personal.rounds_done == len(sent)
-    metrics = json.loads((adaptive.folder / "metrics.json").read_text())
+    metrics = json.loads((split.folder / "metrics.json").read_text())
     said = metrics["sites"][site]["personal_held_out_loss"]
-    assert said == pytest.approx(loss_of(adaptive, personal.weights, site), rel=1e-4)
+    assert said == pytest.approx(loss_of(split, personal.weights, site), rel=1e-4)
 
 
-def test_a_split_personal_model_can_be_audited(adaptive: Run, tmp_path: Path) -> None:
-    assert_audit_reads(adaptive, "good-1", tmp_path / "audit")
+def test_a_split_personal_model_can_be_audited(split: Run, tmp_path: Path) -> None:
+    assert_audit_reads(split, "good-1", tmp_path / "audit")
 
 
 # ---- rounds that cost fewer bytes
@@ -283,8 +322,8 @@ def test_few_bits_and_parts_cost_an_eighth_on_the_wire(tiny: ExperimentConfig, t
     assert sent_few < sent / 6, (sent, sent_few)
     for site in SITES[:2]:
         for number, update in enumerate(updates(parts, site)):
-            assert set(update) == {*round_parts(few, number).shared, SCALES}
-            assert {array.dtype for name, array in update.items() if name != SCALES} == {np.dtype(np.uint8)}
+            assert {name: array.dtype for name, array in update.items()} == {NUMBERS: np.uint8, SCALES: np.float32}
+            assert update[NUMBERS].size == packed_bytes(update_shapes(few, number), bits=8)
     before, after = initial_model(few).weights, weights(parts)
     for number in range(2):
         sent_then = round_parts(few, number).shared
