@@ -196,8 +196,13 @@ def _lines(found: Found, cases: Sequence[str], metric: Metric) -> list[tuple[flo
 
 
 def _frontier(found: Found, suite: Suite) -> Figure | None:
-    """Test loss against bytes sent up, of all federated cases; a line joins those that none beats in both."""
-    federated = [case.name for case in suite.cases if case.kind == "federated"]
+    """Test loss against bytes sent up, of all federated cases; a line joins those that none beats in both.
+
+    Losses of another schedule or prediction are of other things, so those cases are left out.
+    """
+    comparable = suite.case(BASE).experiment.schedule
+    cases = [case for case in suite.cases if case.experiment.schedule == comparable]
+    federated = [case.name for case in cases if case.kind == "federated"]
     loss = dict(_finite(found, federated, "test_loss"))
     sent = {case: each.mean / MEGABYTE for case, each in _finite(found, loss, "bytes_up")}
     if not sent:

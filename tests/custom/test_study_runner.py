@@ -167,7 +167,7 @@ def test_a_killed_study_keeps_what_is_finished_and_goes_on(
     try:
         workers = _until(lambda: [int(file.name.split("-")[1]) for file in out.glob("home/waits-*")], count=2)
         process.send_signal(with_signal)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=300) != 0
     finally:
         process.kill()
     _until(lambda: [pid for pid in workers if not Path(f"/proc/{pid}").exists()], count=2)
