@@ -35,7 +35,7 @@ check: $(BIN)/.installed-test ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## lint, types and the tests (about 40 minutes on 2 cores)
+test: check ## lint, types and the tests (about 50 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: check ## the same with the tests that take minutes each
