@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from custom.federation_config import FederationConfig
 from custom.round_parts import round_parts
 from custom.site_file import HardwareConfig
 from custom.stages import PREFIX, fresh_weights, stage_objective, stages
-from custom.training import PatientSampler, named_tensors, section, train_round, training_step
+from custom.training import PatientSampler, Progress, named_tensors, section, train_round, training_step
 from medical_data.cohort import Cohort
 
 # Of the run's peak learning rate: the model is nearly there.
@@ -29,11 +29,26 @@ class SiteModels:
 
     Attributes:
         personal: the global model with the site's own tensors in it, fine-tuned on the site's patients.
-        local: fresh weights after as many steps on the site's patients alone as the personal model has seen.
+        local: fresh weights after as many steps on the site's patients alone as the personal model has seen of a site
+            that takes part in every round.
     """
 
     personal: dict[str, Tensor]
     local: dict[str, Tensor]
+
+
+def without_guarantee(config: ExperimentConfig) -> ExperimentConfig:
+    """What a site's own model says of how it was trained: its last steps had no noise, whatever the job's had.
+
+    A model file's differential privacy is what audits, model cards and releases claim of it.
+    """
+    if config.privacy is None:
+        return config
+    autoencoder = config.autoencoder
+    if autoencoder is not None and autoencoder.training is not None:
+        autoencoder = replace(autoencoder, training=replace(autoencoder.training, batch_size=BATCH_SIZE))
+    training = replace(config.training, batch_size=BATCH_SIZE)
+    return replace(config, privacy=None, training=training, autoencoder=autoencoder)
 
 
 def site_models(
@@ -45,6 +60,7 @@ def site_models(
     site: str,
     device: torch.device,
     hardware: HardwareConfig,
+    progress: Callable[[str, int], Progress] | None = None,
 ) -> SiteModels:
     """Fine-tune the finished model on one site's training patients, and train another from nothing.
 
@@ -56,11 +72,13 @@ def site_models(
         site: the site's name.
         device: where to compute.
         hardware: the site's.
+        progress: gives, from what is trained and its number of steps, what is called after each step.
     """
     assert config.personal is not None  # noqa: S101 - whoever calls this has looked
     tune_steps, last = config.personal.fine_tune_steps, config.federation.rounds - 1
     own = {name: t for name, t in section(state, "own").items() if name in round_parts(config, last).personal}
-    alone = _alone(config, stages(config)[-1].total_steps + tune_steps)
+    alone_steps = stages(config)[-1].total_steps + tune_steps
+    alone = _alone(config, alone_steps)
     autoencoder = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
     start = {**fresh_weights(alone, seed=config.seed), **autoencoder}
     update = train_round(
@@ -72,10 +90,17 @@ def site_models(
         round_number=0,
         device=device,
         hardware=hardware,
+        progress=None if progress is None else progress("model of this site alone", alone_steps),
     )
     return SiteModels(
         personal=fine_tuned(
-            cohort=cohort, weights={**weights, **own}, config=config, steps=tune_steps, device=device, hardware=hardware
+            cohort=cohort,
+            weights={**weights, **own},
+            config=config,
+            steps=tune_steps,
+            device=device,
+            hardware=hardware,
+            progress=None if progress is None else progress("personal model", tune_steps),
         ),
         local={**start, **{name: start[name] + delta for name, delta in update.difference.items()}},
     )
@@ -89,6 +114,7 @@ def fine_tuned(
     steps: int,
     device: torch.device,
     hardware: HardwareConfig,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """The denoiser trained on with a learning rate that falls as a cosine from a tenth of the run's peak.
 
@@ -99,6 +125,7 @@ def fine_tuned(
         steps: gradient steps.
         device: where to compute.
         hardware: the site's.
+        progress: called with (steps done, mean loss so far) after each step.
     """
     stage = stages(config)[-1]
     training = stage.training
@@ -108,10 +135,11 @@ def fine_tuned(
     generator = torch.Generator().manual_seed(config.seed)
     draw = PatientSampler(cohort, generator)
     size = BATCH_SIZE if training.batch_size is None else training.batch_size
+    total = torch.zeros((), device=device)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * FINE_TUNE_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        training_step(
+        total += training_step(
             objective,
             optimizer,
             draw(size).to(device),
@@ -119,21 +147,22 @@ def fine_tuned(
             gradient_clip=training.gradient_clip,
             precision=hardware.precision,
         )
+        if progress is not None:
+            progress(step + 1, float(total) / (step + 1))
     return {**weights, **{name: parameter.detach().cpu() for name, parameter in named.items()}}
 
 
 def _alone(config: ExperimentConfig, steps: int) -> ExperimentConfig:
     """One round of so many steps, with nothing in it of a federation."""
+    config = without_guarantee(config)
     autoencoder = config.autoencoder
     if autoencoder is not None:
         autoencoder = replace(autoencoder, rounds=0, frozen="as-it-is", training=None)
-    size = BATCH_SIZE if config.training.batch_size is None else config.training.batch_size
     return replace(
         config,
-        training=replace(config.training, steps_per_round=steps, batch_size=size, proximal=0.0, local_epochs=None),
+        training=replace(config.training, steps_per_round=steps, proximal=0.0, local_epochs=None),
         federation=FederationConfig(rounds=1, min_responses=1),
         autoencoder=autoencoder,
-        privacy=None,
         secure_aggregation=None,
         encryption=None,
         updates=None,

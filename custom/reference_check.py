@@ -14,7 +14,9 @@ from torch.func import functional_call
 from custom.config import ExperimentConfig
 from custom.device import images_at_once
 from custom.diffusion.objective import Objective
-from custom.stages import Stage, model_shapes, stage_objective
+from custom.latents import encoded
+from custom.stages import model_autoencoder, model_shapes, stage_objective, stage_of
+from custom.strict import require
 
 BANDS = 4  # an update that breaks only the last steps of sampling does not show in a mean over all timesteps
 IMAGES = 32  # in a band
@@ -73,29 +75,38 @@ class ReferenceCheck:
     @classmethod
     def of_round(
         cls,
-        images: NDArray[np.float32],
+        images: NDArray[np.float32] | None,
         weights: Mapping[str, Tensor],
         experiment: ExperimentConfig,
-        stage: Stage,
+        round_number: int,
         device: torch.device,
-        tolerance: float,
-    ) -> ReferenceCheck:
-        """The check of one round's updates.
+    ) -> ReferenceCheck | None:
+        """The check of one round's updates; None in a job that asks for none.
 
         Args:
-            images: the server's, float32 [N, 1, *spatial] in [-1, 1], or their latents where the stage denoises these.
-            weights: the global model's at the beginning of the round, or those of them that the stage needs, by name;
+            images: the server's, float32 [N, 1, *spatial] in [-1, 1]; None where it has none.
+            weights: the global model's at the beginning of the round, or those of them that its stage needs, by name;
                 what is beside them is ignored.
             experiment: whose round it is.
-            stage: of the round.
+            round_number: of the run.
             device: where to compute.
-            tolerance: as of the class.
 
         Raises:
-            ValueError: no image.
+            ConfigError: a job that asks for a check, and no images.
+            ValueError: no image among them.
         """
+        robust = experiment.federation.robust
+        if robust is None or not robust.reference:
+            return None
+        remedy = "missing; name public scans in the server's table of the site file"
+        require(images is not None, argument="server.reference", value=None, remedy=remedy)
+        assert images is not None  # noqa: S101 - checked above
+        stage = stage_of(experiment, round_number)
         known = {name: weights[name] for name in model_shapes(experiment) if name in weights}
         objective = stage_objective(experiment, stage, known, device)
+        if experiment.autoencoder is not None and stage.name == "denoiser" and len(images):
+            images = encoded(model_autoencoder(experiment, known), images, device)
+        tolerance = robust.reference_tolerance
         return cls(objective, prefix=stage.prefix, images=images, device=device, tolerance=tolerance)
 
     def __call__(self, update: Mapping[str, NDArray[np.float32]]) -> str | None:

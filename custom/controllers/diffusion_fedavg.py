@@ -39,7 +39,6 @@ from custom.diffusion.schedule import build_schedule
 from custom.drawing import draw
 from custom.egress import BUDGET_SPENT, MEAN_IMAGE, EgressRefused, check_metrics, evaluation_metrics, mean_image_shape
 from custom.job_plan import privacy_plan
-from custom.latents import encoded
 from custom.model_file import ModelFile, initial_model, save_model
 from custom.named_models import frozen_autoencoder, start_weights
 from custom.pictures import grey_levels, sample_grid, viewable
@@ -48,7 +47,7 @@ from custom.round_parts import round_parts, update_shapes
 from custom.run_folder import RUN_ID, RoundRecord, RunFolder
 from custom.server_step import moved, server_variates
 from custom.site_file import ServerConfig, server_config
-from custom.stages import model_autoencoder, stage_of, stages
+from custom.stages import stage_of, stages
 from custom.strict import ConfigError, require
 from custom.warm_up import warmed_up
 
@@ -101,6 +100,8 @@ class DiffusionFedAvg(FedAvg):
         self._resume_run = resume_run
         self._error_codes: dict[str, str] = {}
         self._skipped = SkipList()
+        self._device = torch.device("cpu")  # until the server's settings are read
+        self._reference: NDArray[np.float32] | None = None
 
     def run(self) -> None:
         """Train, evaluate, and write what the run leaves."""
@@ -108,9 +109,8 @@ class DiffusionFedAvg(FedAvg):
         server = server_config(workspace_root=workspace_root(self.fl_ctx))
         self._check(experiment, server)
         self._device = use(server.hardware)
-        robust = experiment.federation.robust
-        if robust is not None and robust.reference:
-            self._reference = server.reference_images(experiment.preprocess)
+        robust, asked = experiment.federation.robust, experiment.preprocess
+        self._reference = server.reference_images(asked) if robust is not None and robust.reference else None
         if self._resume_run:
             folder = resumed(server.runs, self._resume_run, experiment)
         else:
@@ -244,17 +244,8 @@ class DiffusionFedAvg(FedAvg):
 
     def _judge(self, arrays: Arrays, header: TaskHeader, experiment: ExperimentConfig) -> ReferenceCheck | None:
         """What drops updates that harm the model on the server's own images, if the job asks for it."""
-        robust = experiment.federation.robust
-        if robust is None or not robust.reference:
-            return None
-        weights, stage = to_torch(arrays), stage_of(experiment, header.round_number)
-        images = self._reference
-        if experiment.autoencoder is not None and stage.name == "denoiser":
-            images = encoded(model_autoencoder(experiment, weights), images, self._device)
-        tolerance = robust.reference_tolerance
-        return ReferenceCheck.of_round(
-            images, weights=weights, experiment=experiment, stage=stage, device=self._device, tolerance=tolerance
-        )
+        weights = to_torch(arrays)
+        return ReferenceCheck.of_round(self._reference, weights, experiment, header.round_number, self._device)
 
     def _collect(
         self,

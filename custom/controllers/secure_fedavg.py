@@ -131,11 +131,14 @@ class SecureFedAvg(DiffusionFedAvg):
         shapes: Shapes,
         experiment: ExperimentConfig,
     ) -> MaskedAverage:
+        def summed(sites: list[str]) -> MaskedAverage:
+            return self._summed_once(task, arrays, header, sites, shapes, experiment)
+
         robust = experiment.federation.robust
         if robust is None or robust.groups is None or task != tasks.TRAIN:
-            return self._summed_once(task, arrays, header, asked, shapes, experiment)
+            return summed(asked)
         groups = grouped(asked, robust.groups, seed=experiment.seed, round_number=header.round_number)
-        sums = [self._group_sum(task, arrays, header, group, shapes, experiment) for group in groups]
+        sums = [self._group_sum(group, summed) for group in groups]
         judge = self._judge(arrays, header, experiment)
         averages, failed = [], {}
         for group, average in zip(groups, sums, strict=True):
@@ -163,18 +166,10 @@ class SecureFedAvg(DiffusionFedAvg):
             refused=failed | {site: why for average in averages for site, why in average.refused.items()},
         )
 
-    def _group_sum(
-        self,
-        task: str,
-        arrays: Arrays,
-        header: TaskHeader,
-        group: list[str],
-        shapes: Shapes,
-        experiment: ExperimentConfig,
-    ) -> MaskedAverage | None:
+    def _group_sum(self, group: list[str], summed: Callable[[list[str]], MaskedAverage]) -> MaskedAverage | None:
         """The sum of one group; None if it has too few survivors, or a mean that no acceptable updates have."""
         try:
-            return self._summed_once(task, arrays, header, group, shapes, experiment)
+            return summed(group)
         except BudgetSpent:
             raise
         except (RoundVoid, EgressRefused) as error:  # one malicious site can make its group's sum too long

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +67,7 @@ from custom.kept_release import KeptRelease, Request, charged_release, drop, kee
 from custom.latents import latent_cohort
 from custom.masked_vector import shared_noise_encoding
 from custom.model_file import ModelFile, save_model
-from custom.personal import site_models
+from custom.personal import site_models, without_guarantee
 from custom.pictures import real_and_generated, viewable
 from custom.privacy_config import MeanImageConfig
 from custom.private_training import (
@@ -401,11 +402,17 @@ def _check_agreement(header: TaskHeader, experiment: ExperimentConfig) -> None:
 class _Progress:
     """A line on the console every ten seconds, and the end of the work if the server ends the job."""
 
-    def __init__(self, site: _Site, header: TaskHeader) -> None:
+    def __init__(self, site: _Site, label: str, steps: int) -> None:
         self._site = site
-        self._steps = stage_of(site.experiment, header.round_number).span(header.round_number).steps
-        self.label = f"round {header.round_number + 1}/{site.experiment.federation.rounds}"
+        self._steps = steps
+        self.label = label
         self._last = time.monotonic()
+
+    @classmethod
+    def of_round(cls, site: _Site, header: TaskHeader) -> _Progress:
+        """Of a round's training."""
+        steps = stage_of(site.experiment, header.round_number).span(header.round_number).steps
+        return cls(site, f"round {header.round_number + 1}/{site.experiment.federation.rounds}", steps)
 
     def __call__(self, step: int, loss: float | None = None) -> None:
         if self._site.abort.triggered:
@@ -417,7 +424,7 @@ class _Progress:
 
 
 def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
-    experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
+    experiment, round_number, progress = site.experiment, header.round_number, _Progress.of_round(site, header)
     cohort, stage = site.admitted(), stage_of(experiment, round_number)
     weights = to_torch({name: array for name, array in arrays.items() if name != BOUNDS})
     state = site.state(header)
@@ -446,7 +453,7 @@ def _train(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
 
 
 def _train_privately(site: _Site, plan: DPPlan, arrays: Arrays, header: TaskHeader) -> Shareable:
-    experiment, round_number, progress = site.experiment, header.round_number, _Progress(site, header)
+    experiment, round_number, progress = site.experiment, header.round_number, _Progress.of_round(site, header)
     cohort = site.admitted()
     weights = to_torch(arrays)
     asked = _Asked.of(site, plan, header, round_release(round_number), weights)
@@ -506,12 +513,12 @@ def _evaluate(site: _Site, arrays: Arrays, header: TaskHeader) -> Shareable:
     denoised = site.denoised(cohort, weights, header)
     metrics = {"held_out_loss": held_out_loss(objective, denoised, site.device)}
     metrics |= _compare(site, cohort, arrays, header)
-    if experiment.personal is not None:
-        metrics |= _personal(site, denoised, weights, header)
     site.say("evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     if site.plan is not None:  # the run is over: give back what it set aside and did not use
         open_ledger(site.config.home).close(Run(job=experiment.name, run_id=header.run_id))
         drop(site.state(header).folder)
+    if experiment.personal is not None:
+        metrics |= _personal(site, denoised, weights, header)
     metrics["seconds"] = time.monotonic() - start
     return metrics_reply({name: value for name, value in metrics.items() if name in evaluation_metrics(experiment)})
 
@@ -527,15 +534,18 @@ def _personal(site: _Site, cohort: Cohort, weights: Mapping[str, Tensor], header
         site=site.name,
         device=site.device,
         hardware=site.config.hardware,
+        progress=partial(_Progress, site),
     )
     folder, stage = site.config.home / "personal" / experiment.name / header.run_id, stages(experiment)[-1]
     losses = {}
     for name, tensors in (("personal", models.personal), ("local", models.local)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        model = ModelFile(experiment=experiment, rounds_done=header.round_number, weights=tensors, ema=tensors)
+        said = without_guarantee(experiment)
+        model = ModelFile(experiment=said, rounds_done=header.round_number, weights=tensors, ema=tensors)
         save_model(folder / f"{name}.safetensors", model)
         objective = stage_objective(experiment, stage, tensors, site.device)
         losses[f"{name}_held_out_loss"] = held_out_loss(objective, cohort, site.device)
+    site.say("on held-out patients: " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     site.say(f"personal model, to be audited before anyone gets it or its samples: {folder / 'personal.safetensors'}")
     return losses
 

@@ -54,7 +54,7 @@ BANDS = 4
 MOST_MEMBERS = 200  # images of each kind that the membership attack looks at
 MOST_REAL = 512  # real images of each kind that samples are compared with
 METRIC_SEED = 20_231_128  # the same noise and pairs for every run, so that runs differ by their models
-REFERENCE_IMAGES = 128
+REFERENCE_PATIENTS = 64
 PARTS: tuple[Part, Part] = ("train", "held_out")
 
 Images = NDArray[np.float32]
@@ -112,7 +112,9 @@ def run_case(run: Run, home: Path) -> dict[str, float]:
     elif case.kind == "central":
         federations = [trained(experiment, {"central": central(cohorts)}, device)]
     else:
-        federations = [trained(experiment, named, device, attack=case.attack, reference=_reference(data))]
+        robust = experiment.federation.robust
+        reference = _reference(case, data, home) if robust is not None and robust.reference else None
+        federations = [trained(experiment, named, device, attack=case.attack, reference=reference)]
     train_seconds = time.monotonic() - start
     models = [federation.model for federation in federations]
     honest = list(named.items())[: len(named) - (case.attack.sites if case.attack else 0)]
@@ -214,16 +216,7 @@ def _average(
     shapes, robust = update_shapes(experiment, number), experiment.federation.robust
     if robust is None:
         return InTimeAverage(shapes, experiment)
-    judge = None
-    if robust.reference and reference is not None:
-        judge = ReferenceCheck.of_round(
-            reference,
-            weights=weights,
-            experiment=experiment,
-            stage=stage_of(experiment, number),
-            device=device,
-            tolerance=robust.reference_tolerance,
-        )
+    judge = ReferenceCheck.of_round(reference, weights, experiment, number, device)
     return RobustAverage(shapes, experiment, robust, judge)
 
 
@@ -236,10 +229,12 @@ def _poisoned(cohort: Cohort, attack: AttackConfig, experiment: ExperimentConfig
     return replace(cohort, images=poisoned_images(attack.kind, np.array(cohort.images), generated=samples))
 
 
-def _reference(data: StudyData) -> Images:
-    """The server's public images: of test patients, who are at no site."""
-    rows = data.rows(data.test)
-    return data.images[_places(rows, REFERENCE_IMAGES)]
+def _reference(case: Case, data: StudyData, home: Path) -> Images:
+    """The server's public images: of more patients from the same source, who are at no site and not tested."""
+    more = replace(case.dataset, train=case.dataset.train + REFERENCE_PATIENTS)
+    larger = load(more, case.experiment.preprocess, home)  # the smaller pool is a part of it
+    known = {image.tobytes() for image in data.images}
+    return np.stack([image for image in larger.images[larger.rows(~larger.test)] if image.tobytes() not in known])
 
 
 def _losses(model: ModelFile, images: Images, most: int) -> dict[str, float]:

@@ -85,10 +85,8 @@ def after_round(
     """The federation a round later; site 0 is the malicious one."""
     number, config = before.rounds_done, before.config
     stage = stage_of(config, number)
-    judge = None
-    if robust.reference:
-        images, tolerance = discs(77).images, robust.reference_tolerance
-        judge = ReferenceCheck.of_round(images, before.weights, config, stage, CPU, tolerance)
+    asking = replace(config, federation=replace(config.federation, weighting="uniform", min_responses=5, robust=robust))
+    judge = ReferenceCheck.of_round(discs(77).images, before.weights, asking, number, CPU)
     average = RobustAverage(stage_shapes(config, stage), config, robust, judge)
     states = []
     for place, (cohort, state) in enumerate(zip(before.cohorts, before.states, strict=True)):

@@ -14,9 +14,11 @@ from custom.codec import to_numpy
 from custom.config import ExperimentConfig
 from custom.diffusion.objective import Objective
 from custom.diffusion.schedule import build_schedule
+from custom.federation_config import RobustConfig
 from custom.latents import encoded
 from custom.reference_check import BANDS, IMAGES, ReferenceCheck
 from custom.stages import Stage, fresh_weights, model_autoencoder, model_denoiser, stage_of, stage_shapes
+from custom.strict import ConfigError
 from medical_data.cohort import Cohort
 
 CPU = torch.device("cpu")
@@ -30,8 +32,14 @@ def check_of(
     round_number: int = 0,
     tolerance: float = 0.5,
 ) -> ReferenceCheck:
-    stage = stage_of(experiment, round_number)
-    return ReferenceCheck.of_round(images, weights, experiment, stage, CPU, tolerance)
+    check = ReferenceCheck.of_round(images, weights, asking(experiment, tolerance), round_number, CPU)
+    assert check is not None
+    return check
+
+
+def asking(experiment: ExperimentConfig, tolerance: float = 0.5) -> ExperimentConfig:
+    robust = RobustConfig(reference=True, reference_tolerance=tolerance)
+    return replace(experiment, federation=replace(experiment.federation, weighting="uniform", robust=robust))
 
 
 def nothing(experiment: ExperimentConfig, stage: Stage) -> dict[str, NDArray[np.float32]]:
@@ -137,6 +145,13 @@ def test_no_image_is_no_check(experiment: ExperimentConfig, cohort: Cohort) -> N
         check_of(experiment, fresh_weights(experiment, seed=1), cohort.images[:0])
 
 
+def test_a_job_that_asks_for_it_gets_one_or_an_error(experiment: ExperimentConfig, cohort: Cohort) -> None:
+    weights = fresh_weights(experiment, seed=1)
+    assert ReferenceCheck.of_round(cohort.images, weights, experiment, 0, CPU) is None
+    with pytest.raises(ConfigError, match=r"server\.reference.*name public scans"):
+        ReferenceCheck.of_round(None, weights, asking(experiment), 0, CPU)
+
+
 def test_one_image_is_a_check(experiment: ExperimentConfig, cohort: Cohort) -> None:
     check = check_of(experiment, fresh_weights(experiment, seed=1), cohort.images[:1])
     assert check(nothing(experiment, stage_of(experiment, 0))) is None
@@ -146,10 +161,10 @@ def test_one_image_is_a_check(experiment: ExperimentConfig, cohort: Cohort) -> N
 def test_both_stages_of_a_latent_model(latent_experiment: ExperimentConfig, cohort: Cohort, round_number: int) -> None:
     weights = fresh_weights(latent_experiment, seed=1)
     stage = stage_of(latent_experiment, round_number)
-    images = cohort.images
-    if stage.name == "denoiser":
-        images = encoded(model_autoencoder(latent_experiment, weights), images, CPU)
-    check = check_of(latent_experiment, stage.needed(weights), images, round_number=round_number)
+    check = check_of(latent_experiment, stage.needed(weights), cohort.images, round_number=round_number)
+    if stage.name == "denoiser":  # the images became latents
+        latents = encoded(model_autoencoder(latent_experiment, weights), cohort.images, CPU)
+        assert check._x0.shape[1:] == latents.shape[1:]
     assert len(check._before) == (1 if stage.name == "autoencoder" else BANDS)
     update = nothing(latent_experiment, stage)
     assert check(update) is None

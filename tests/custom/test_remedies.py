@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from custom.audit_evidence import claimed_privacy
 from custom.config import ExperimentConfig
 from custom.diffusion.networks import build_network
 from custom.diffusion.objective import Objective, denoising
 from custom.diffusion.schedule import build_schedule
 from custom.diffusion.split_denoiser import LOW_NOISE
 from custom.federation_config import PersonalConfig, ServerOptimizerConfig, UpdatesConfig
-from custom.model_file import ModelFile, initial_model, load_model, save_checkpoint
-from custom.personal import FINE_TUNE_RATE, site_models
+from custom.job_plan import privacy_plan
+from custom.model_file import ModelFile, initial_model, load_model, save_checkpoint, save_model
+from custom.personal import FINE_TUNE_RATE, site_models, without_guarantee
 from custom.round_parts import CONTROL, personal_shapes, round_parts, update_shapes
 from custom.server_step import moved, server_variates
 from custom.site_file import HardwareConfig
@@ -31,6 +33,7 @@ from custom.stages import Span, fresh_weights, stage_objective, stage_of, stage_
 from custom.training import (
     LocalUpdate,
     PatientSampler,
+    Progress,
     _derived_seed,
     _Drift,
     held_out_loss,
@@ -860,3 +863,49 @@ def test_where_sites_differ_the_personal_model_is_better_at_its_own_site(
     models = models_of(config, cohort, model.weights, states["a"])
     of_personal = held_out_loss(objective_of(config, models.personal), cohort, CPU)
     assert of_personal < 0.9 * of_global
+
+
+def test_a_personal_model_of_a_private_job_claims_no_guarantee(
+    private_experiment: ExperimentConfig, cohort: Cohort, tmp_path: Path
+) -> None:
+    """Its file is what an audit, a model card and a release read the claim from."""
+    config = replace(private_experiment, personal=PersonalConfig(fine_tune_steps=2))
+    assert privacy_plan(config) is not None
+    weights = fresh_weights(config, seed=1)
+    models = site_models(
+        cohort=cohort, weights=weights, state={}, config=config, site="a", device=CPU, hardware=HardwareConfig()
+    )
+    said = without_guarantee(config)
+    model = ModelFile(experiment=said, rounds_done=1, weights=models.personal, ema=models.personal)
+    save_model(tmp_path / "personal.safetensors", model)
+    assert claimed_privacy(load_model(tmp_path / "personal.safetensors"), lower_bounds=(), commitment=None) is None
+    assert without_guarantee(said) == said
+
+
+def test_whoever_follows_the_work_on_a_personal_model_can_end_it(experiment: ExperimentConfig, cohort: Cohort) -> None:
+    config = replace(experiment, personal=PersonalConfig(fine_tune_steps=3))
+    done: dict[str, list[int]] = {}
+
+    def follow(what: str, steps: int) -> Progress:
+        done[what] = [steps]
+
+        def progress(step: int, loss: float) -> None:
+            done[what].append(step)
+            if what == "personal model" and step == 2:
+                raise InterruptedError
+
+        return progress
+
+    with pytest.raises(InterruptedError):
+        site_models(
+            cohort=cohort,
+            weights=fresh_weights(config, seed=1),
+            state={},
+            config=config,
+            site="a",
+            device=CPU,
+            hardware=HardwareConfig(),
+            progress=follow,
+        )
+    alone = config.federation.rounds * config.training.steps_per_round + 3
+    assert done == {"model of this site alone": [alone, *range(1, alone + 1)], "personal model": [3, 1, 2]}

@@ -16,8 +16,8 @@ from custom.server_step import moved
 from custom.stages import model_shapes
 from custom.strict import ConfigError
 from custom.study.config import StudyConfig
-from custom.study.datasets import FASHION_MNIST
-from custom.study.federation import run_case, trained
+from custom.study.datasets import FASHION_MNIST, load
+from custom.study.federation import REFERENCE_PATIENTS, _reference, run_case, trained
 from custom.training import train_round
 from medical_data.cohort import Cohort
 
@@ -115,3 +115,13 @@ def test_a_federation_in_one_process_is_that_of_its_parts(experiment: Experiment
         torch.testing.assert_close(model.ema[name], tensor, rtol=1e-4, atol=1e-6)
     assert found.steps == 2 * 2 * plain.training.steps_per_round
     assert found.bytes_up > 2 * 2 * 4 * sum(map(math.prod, model_shapes(plain).values()))
+
+
+@fashion
+def test_the_servers_public_images_are_at_no_site_and_not_tested(tmp_path: Path) -> None:
+    case = StudyConfig.load(STUDIES / "default.json").select(["poison/sign flip, reference check"])[0].case
+    case = replace(case, dataset=replace(case.dataset, train=40, test=20))
+    data = load(case.dataset, case.experiment.preprocess, tmp_path)
+    images = _reference(case, data, tmp_path)
+    assert len(images) == REFERENCE_PATIENTS
+    assert not {image.tobytes() for image in images} & {image.tobytes() for image in data.images}
